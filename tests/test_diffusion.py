@@ -1,0 +1,225 @@
+"""Samplers against exact solutions, guidance against its formulas, and the work that each run is charged for."""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import pytest
+import torch
+
+from maetok_fast.diffusion import COSINE, LINEAR, Guidance, flip_time, get_path, sample, sample_times, shift_times
+
+MEAN, STD = 1.5, 0.5
+
+
+def gaussian_velocity(x, t, y):
+    """The exact velocity for data ~ N(MEAN, STD^2) on the linear path."""
+    t = t.to(x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
+    variance = (1 - t) ** 2 * STD**2 + t**2
+    return -MEAN + (t - (1 - t) * STD**2) / variance * (x - (1 - t) * MEAN)
+
+
+class Recorder:
+    """A velocity that differs by label and remembers every call."""
+
+    def __init__(self, null=1000):
+        self.calls, self.null = [], null
+
+    def __call__(self, x, t, y):
+        self.calls.append((float(t[0]), y.tolist()))
+        return torch.where(y == self.null, -1.0, 1.0).to(x.dtype).reshape(-1, *(1,) * (x.ndim - 1)).expand_as(x)
+
+
+@pytest.fixture
+def noise():
+    return torch.randn(4, 8, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("method", "order"), [("euler", 1), ("heun", 2)])
+def test_ode_converges_at_its_order(method, order, noise):
+    exact = MEAN + STD * noise
+    error = [
+        (sample(gaussian_velocity, noise, None, steps=n, method=method).latents - exact).abs().max() for n in (64, 128)
+    ]
+    assert math.log2(error[0] / error[1]) == pytest.approx(order, abs=0.3)
+    assert error[1] < 0.05
+
+
+def test_dopri5_solves_it(noise):
+    pytest.importorskip("torchdiffeq")
+    result = sample(gaussian_velocity, noise, None, method="dopri5")
+    torch.testing.assert_close(result.latents, MEAN + STD * noise, atol=1e-3, rtol=0)
+    assert result.nfe > 10
+
+
+def test_dopri5_without_its_package(noise, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchdiffeq", None)
+    with pytest.raises(ImportError, match="pip install torchdiffeq"):
+        sample(gaussian_velocity, noise, None, method="dopri5")
+
+
+def test_sde_reaches_the_data_distribution():
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(64, 512, 1, generator=generator)
+    latents = sample(gaussian_velocity, noise, None, steps=250, generator=generator).latents
+    assert latents.dtype == torch.float32
+    assert latents.mean().item() == pytest.approx(MEAN, abs=0.02)
+    assert latents.std().item() == pytest.approx(STD, rel=0.03)
+
+
+def test_sde_is_reproducible_with_a_generator(noise):
+    def run(seed):
+        return sample(gaussian_velocity, noise, None, steps=5, generator=torch.Generator().manual_seed(seed)).latents
+
+    assert torch.equal(run(3), run(3))
+    assert not torch.equal(run(3), run(4))
+
+
+@pytest.mark.parametrize(("method", "nfe"), [("euler", 6), ("heun", 11), ("sde", 6)])
+def test_nfe_and_rows(method, nfe, noise):
+    y = torch.zeros(4, dtype=torch.int64)
+    plain = sample(Recorder(), noise, y, steps=6, method=method)
+    assert (plain.nfe, plain.rows) == (nfe, 4 * nfe)
+    guided = sample(Recorder(), noise, y, steps=6, method=method, guidance=2.0)
+    assert (guided.nfe, guided.rows) == (nfe, 8 * nfe)
+
+
+def test_interval_skips_the_second_branch(noise):
+    model, y = Recorder(), torch.arange(4)
+    result = sample(model, noise, y, steps=10, method="euler", guidance=3.0, interval=(0.0, 0.55))
+    # times 1.0, 0.9 ... 0.1: the five from 0.5 down are guided
+    assert [len(labels) for _, labels in model.calls] == [4] * 5 + [8] * 5
+    assert model.calls[-1][1] == [0, 1, 2, 3, 1000, 1000, 1000, 1000]
+    assert result.rows == 5 * 4 + 5 * 8
+    # v = 1 outside, -1 + 3 * 2 = 5 inside; x goes from t = 1 to 0
+    torch.testing.assert_close(result.latents, noise - 0.5 * 1 - 0.5 * 5)
+
+
+def test_guidance_one_and_unconditional(noise):
+    model = Recorder()
+    sample(model, noise, None, steps=2, method="euler")
+    assert model.calls[0][1] == [1000] * 4
+    with pytest.raises(ValueError, match=r"int64 labels of shape \(4,\)"):
+        sample(model, noise, torch.zeros(4), steps=2)
+
+
+def test_autoguidance_uses_the_worse_model_with_the_same_labels(noise):
+    good, worse, y = Recorder(), Recorder(null=7), torch.full((4,), 7)
+    result = sample(good, noise, y, steps=4, method="euler", guidance=1.5, negative=worse, interval=(0.0, 0.5))
+    assert len(good.calls) == 4 and len(worse.calls) == 2
+    assert worse.calls[0][1] == [7] * 4
+    assert result.rows == 4 * 4 + 2 * 4
+    torch.testing.assert_close(result.latents, noise - 0.5 - 0.5 * (-1 + 1.5 * 2))
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 6), (2, 6, 4, 4)])
+def test_guidance_on_the_first_channels(shape):
+    noise = torch.zeros(shape, dtype=torch.float64)
+    latents = sample(
+        Recorder(), noise, torch.zeros(2, dtype=torch.int64), steps=1, method="euler", guidance=3.0, guidance_channels=2
+    ).latents
+    latents = latents.movedim(1, -1) if len(shape) == 4 else latents
+    assert (latents[..., :2] == -5).all() and (latents[..., 2:] == -1).all()
+
+
+def test_temperature_is_one_forward(noise):
+    seen = []
+
+    def model(x, t, y, beta):
+        seen.append(beta)
+        return x * 0
+
+    result = sample(model, noise, None, steps=3, method="euler", temperature=0.4)
+    assert result.rows == 3 * 4 and seen[0].tolist() == pytest.approx([0.4] * 4)
+    with pytest.raises(ValueError, match="leave guidance at 1"):
+        Guidance(scale=2.0, temperature=0.4)
+
+
+class Planned:
+    """A model that plans; `step` must give what a call gives, in chunks of steps and for both kinds of forwards."""
+
+    def __init__(self):
+        self.plans = []
+
+    def plan(self, ts, y):
+        self.plans.append((len(ts), len(y)))
+        return ts, y
+
+    def step(self, plan, i, x):
+        ts, y = plan
+        assert len(x) == len(y)
+        return self(x, torch.full((len(x),), float(ts[i])), y)
+
+    def __call__(self, x, t, y):
+        t, scale = t.to(x.dtype).reshape(-1, 1, 1), (1 + y.to(x.dtype) / 1000).reshape(-1, 1, 1)
+        return x * scale * t
+
+
+@pytest.mark.parametrize("method", ["euler", "heun", "sde"])
+@pytest.mark.parametrize("negative", [False, True])
+def test_planned_models_give_the_same_samples(method, negative, noise, monkeypatch):
+    monkeypatch.setattr("maetok_fast.diffusion.guidance.PLAN_ROWS", 10)
+    y = torch.arange(4)
+
+    def run(model, worse):
+        return sample(
+            model, noise, y, steps=12, method=method, guidance=2.0, interval=(0.1, 0.6),
+            negative=worse if negative else None, generator=torch.Generator().manual_seed(0),
+        )  # fmt: skip
+
+    planned = Planned()
+    plain_model = Planned().__call__  # a bound method: no plan attribute
+    expected, got = run(plain_model, plain_model), run(planned, planned)
+    # the planned model rounds its times to fp32 as the plain one does
+    torch.testing.assert_close(got.latents, expected.latents, rtol=1e-6, atol=1e-6)
+    assert (got.nfe, got.rows) == (expected.nfe, expected.rows)
+    assert len(planned.plans) > 3  # chunks bound the memory
+    assert {rows for _, rows in planned.plans} == ({4} if negative else {4, 8})
+
+
+@pytest.mark.parametrize("path", [LINEAR, COSINE])
+def test_path_identities(path):
+    torch.manual_seed(0)
+    data, noise = torch.randn(2, 5, 4, 3, dtype=torch.float64)
+    t = torch.rand(5, dtype=torch.float64) * 0.9 + 0.05
+    step = 1e-6
+    slope = (path.mix(data, noise, t + step) - path.mix(data, noise, t - step)) / (2 * step)
+    torch.testing.assert_close(path.velocity(data, noise, t), slope, atol=1e-7, rtol=1e-7)
+    score = path.score(path.velocity(data, noise, t), path.mix(data, noise, t), t)
+    torch.testing.assert_close(score, -noise / path.sigma(t).reshape(-1, 1, 1))
+    assert get_path(path.name) is path
+
+
+def test_times():
+    generator = torch.Generator().manual_seed(0)
+    for path in ("linear", "cosine"):
+        t = sample_times(4096, "lognormal", path=path, generator=generator)
+        assert 0 < t.min() and t.max() < 1 and t.median() == pytest.approx(0.5, abs=0.03)
+    assert sample_times(8).shape == (8,)
+    with pytest.raises(ValueError, match="uniform or lognormal"):
+        sample_times(8, "cubic")
+    t = torch.linspace(0, 1, 11)
+    assert shift_times(t, 1.0).equal(t)
+    # the reciprocal shift in the opposite convention
+    torch.testing.assert_close(1 - shift_times(1 - t, 1 / 0.3), shift_times(t, 0.3))
+
+
+def test_flip_time_is_its_own_inverse(noise):
+    def official(x, s, y):  # t = 0 noise, t = 1 data
+        return -gaussian_velocity(x, 1 - s, y)
+
+    t = torch.full((4,), 0.3)
+    torch.testing.assert_close(flip_time(official)(noise, t, None), gaussian_velocity(noise, t, None))
+    torch.testing.assert_close(flip_time(flip_time(official))(noise, t, None), official(noise, t, None))
+
+
+def test_bad_arguments(noise):
+    with pytest.raises(ValueError, match="expected one of euler, heun, dopri5, sde"):
+        sample(gaussian_velocity, noise, None, method="ddim")
+    with pytest.raises(ValueError, match="steps must be at least 1"):
+        sample(gaussian_velocity, noise, None, steps=0)
+    with pytest.raises(ValueError, match="low <= high"):
+        sample(gaussian_velocity, noise, None, guidance=2.0, interval=(0.7, 0.1))
+    with pytest.raises(ValueError, match="linear"):
+        sample(gaussian_velocity, noise, None, path="vp")
