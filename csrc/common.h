@@ -1,0 +1,173 @@
+// The host side of every op: argument checks, dtypes, and the choice of the instruction set. Needs no torch.
+//
+// Each csrc/cpu/<op>.cpp is compiled several times: once per instruction set with MF_VARIANT=<name>, which yields the
+// kernels in namespace mf::<name> (they include cpu/simd.h only), and once with MF_HOST, which yields the checks and
+// exports below. Kernels take plain structs of pointers and sizes, so that nothing of the C++ library is instantiated
+// with AVX-512 and then picked by the linker for everybody.
+//
+// Errors become Python ValueError / TypeError naming the argument, what was expected and what came.
+#pragma once
+
+#include <tvm/ffi/container/tensor.h>
+#include <tvm/ffi/function.h>
+#include <tvm/ffi/optional.h>
+#include <tvm/ffi/string.h>
+
+#include <cstdint>
+#include <cstdlib>
+#include <initializer_list>
+#include <memory>
+#include <string>
+
+#include "cpu/types.h"
+
+namespace mf {
+
+using tvm::ffi::Optional;
+using tvm::ffi::TensorView;
+using MaybeTensor = Optional<TensorView>;
+
+// ---- instruction set, chosen once per process ------------------------------------------------------------------
+
+enum class Variant { generic, v2, avx2, avx512, none };
+
+inline const char* variant_name(Variant v) {
+  switch (v) {
+    case Variant::v2: return "x86-64-v2";
+    case Variant::avx2: return "avx2";
+    case Variant::avx512: return "avx512";
+    case Variant::generic: return "generic";
+    default: return "none";
+  }
+}
+
+// MAETOK_FAST_CPU=x86-64-v2|avx2|avx512 lowers the choice (to test a variant or to rule one out); it never raises it.
+inline Variant variant() {
+  static const Variant chosen = [] {
+#ifdef MF_X86
+    __builtin_cpu_init();
+    Variant best = Variant::none;
+    if (__builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("ssse3") && __builtin_cpu_supports("popcnt"))
+      best = Variant::v2;
+    if (best == Variant::v2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+        __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c"))
+      best = Variant::avx2;
+    if (best == Variant::avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+      best = Variant::avx512;
+    const char* asked = std::getenv("MAETOK_FAST_CPU");
+    if (asked != nullptr)
+      for (Variant v : {Variant::v2, Variant::avx2, Variant::avx512})
+        if (std::string(asked) == variant_name(v) && v < best) best = v;
+    return best;
+#else
+    return Variant::generic;
+#endif
+  }();
+  return chosen;
+}
+
+// MF_CALL(adaln_fwd, args): the kernel of this machine's instruction set.
+#ifdef MF_X86
+#define MF_DECLARE(FN, ARGS)                     \
+  namespace mf::v2 { void FN(const ARGS&); }     \
+  namespace mf::avx2 { void FN(const ARGS&); }   \
+  namespace mf::avx512 { void FN(const ARGS&); }
+#define MF_CALL(FN, args)                                                                             \
+  switch (::mf::variant()) {                                                                          \
+    case ::mf::Variant::avx512: ::mf::avx512::FN(args); break;                                        \
+    case ::mf::Variant::avx2: ::mf::avx2::FN(args); break;                                            \
+    case ::mf::Variant::v2: ::mf::v2::FN(args); break;                                                \
+    default: TVM_FFI_THROW(RuntimeError) << "the native kernels need an x86-64-v2 processor (SSE4.2)"; \
+  }
+#else
+#define MF_DECLARE(FN, ARGS) \
+  namespace mf::generic { void FN(const ARGS&); }
+#define MF_CALL(FN, args) ::mf::generic::FN(args)
+#endif
+
+// ---- checks ------------------------------------------------------------------------------------------------------
+
+inline std::string shape_text(const TensorView& t) {
+  std::string text = "(";
+  for (int i = 0; i < t.ndim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
+  return text + ")";
+}
+
+inline DType dtype_of(const TensorView& t, const char* name) {
+  const DLDataType d = t.dtype();
+  if (d.lanes == 1) {
+    if (d.code == kDLFloat && d.bits == 32) return DType::f32;
+    if (d.code == kDLFloat && d.bits == 16) return DType::f16;
+    if (d.code == kDLBfloat && d.bits == 16) return DType::bf16;
+  }
+  TVM_FFI_THROW(TypeError) << name << " must be float32, bfloat16 or float16; got DLPack type code "
+                           << static_cast<int>(d.code) << " with " << static_cast<int>(d.bits) << " bits";
+  return DType::f32;
+}
+
+inline void check_dtype(const TensorView& t, const char* name, DType want, const char* why) {
+  if (dtype_of(t, name) != want)
+    TVM_FFI_THROW(TypeError) << name << " must be " << dtype_name(want) << why << "; got "
+                             << dtype_name(dtype_of(t, name));
+}
+
+inline void check_shape(const TensorView& t, const char* name, std::initializer_list<int64_t> want) {
+  bool same = t.ndim() == static_cast<int>(want.size());
+  int i = 0;
+  for (int64_t size : want) same = same && t.size(i++) == size;
+  if (same) return;
+  std::string text;
+  for (int64_t size : want) text += (text.empty() ? "" : ", ") + std::to_string(size);
+  TVM_FFI_THROW(ValueError) << name << " must have shape (" << text << "); got " << shape_text(t);
+}
+
+inline void check_ndim(const TensorView& t, const char* name, int want, const char* layout) {
+  if (t.ndim() != want)
+    TVM_FFI_THROW(ValueError) << name << " must have " << want << " dimensions " << layout << "; got "
+                              << shape_text(t);
+}
+
+inline void check_cpu(const TensorView& t, const char* name) {
+  if (t.device().device_type != kDLCPU)
+    TVM_FFI_THROW(ValueError) << name << " must be on the CPU; got DLPack device type "
+                              << static_cast<int>(t.device().device_type);
+}
+
+inline void check_contiguous(const TensorView& t, const char* name) {
+  if (!t.IsContiguous()) TVM_FFI_THROW(ValueError) << name << " must be contiguous; call .contiguous() on it";
+}
+
+inline DType check_dense(const TensorView& t, const char* name) {
+  check_cpu(t, name);
+  check_contiguous(t, name);
+  return dtype_of(t, name);
+}
+
+template <class T = void>
+inline T* data(const TensorView& t) {
+  return reinterpret_cast<T*>(static_cast<char*>(t.data_ptr()) + t.byte_offset());
+}
+
+template <class T = void>
+inline T* data(const MaybeTensor& t) {
+  return t.has_value() ? data<T>(t.value()) : nullptr;
+}
+
+// Uninitialised fp32 scratch; 64-byte aligned.
+class Scratch {
+ public:
+  explicit Scratch(int64_t floats)
+      : memory_(static_cast<float*>(std::aligned_alloc(64, (static_cast<size_t>(floats > 0 ? floats : 1) * 4 + 63) / 64 * 64))) {
+    if (memory_ == nullptr) TVM_FFI_THROW(MemoryError) << "out of memory for " << floats << " floats of scratch";
+  }
+  ~Scratch() { std::free(memory_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  float* get() const { return memory_; }
+
+ private:
+  float* memory_;
+};
+
+}  // namespace mf

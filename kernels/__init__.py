@@ -1,0 +1,16 @@
+"""The op library. This folder is the package ``maetok_fast.kernels``; it imports nothing of maetok_fast outside itself.
+
+One file per op; an op becomes public by its line below.
+"""
+
+from __future__ import annotations
+
+if __name__ != "maetok_fast.kernels":
+    # Under a second name every op would be registered twice, and torch silently runs the second body for both handles.
+    # The bare name would also shadow the Hugging Face package `kernels`, which transformers looks for.
+    raise ImportError(
+        f"this folder is the package 'maetok_fast.kernels' and was imported as {__name__!r}; write "
+        "`import maetok_fast.kernels`, and install the project with `pip install -e .` if that is not found"
+    )
+
+__all__: list[str] = []

@@ -1,0 +1,69 @@
+"""Finds the native library (csrc/), or says why there is none.
+
+``why_missing()`` is cheap and never raises; ``lib()`` returns the library or raises RuntimeError with that reason and the
+cure. Nothing is loaded on import.
+
+Every function of the library writes into the tensors it is given and returns nothing. Tensors are contiguous, on the CPU,
+float32, bfloat16 or float16 unless said; sums run in float32, results do not depend on the number of threads.
+``T | None`` may be None.
+
+    rope_rotate(qkv, rope|None, q_weight|None, q_bias|None, k_weight|None, k_bias|None, q_out, k_out,
+                prefix, first_query, norm, eps)
+    rope_rotate_bwd(qkv, rope|None, q_weight|None, q_bias|None, k_weight|None, k_bias|None, dq, dk, dv,
+                    dqkv, drope|None, dweights|None, prefix, first_query, norm, eps)
+        qkv, dqkv (B, N, 3, H, hd), hd even and <= 256; rope, drope (2, H or 1, M, hd/2) fp32; weights (hd,) fp32;
+        q_out, dq (B, Nq, H, hd); k_out, dk, dv (B, N, H, hd); dq, dk, dv: any strides, last dimension contiguous;
+        dweights (4, hd) fp32: dq_weight, dq_bias, dk_weight, dk_bias; norm 0 none, 1 rms, 2 layer
+    adaln_fwd(x, shift|None, scale|None, weight|None, bias|None, y, mean_rstd, eps, offset, per_sample)
+    adaln_bwd(dy, x, scale|None, weight|None, bias|None, mean_rstd, dx, dshift|None, dscale|None, dweight|None, dbias|None,
+              offset, per_sample)
+        x, y, dy, dx (B, N, D) of one dtype; shift, scale (B, T, D), the last T tokens, or per_sample=1 with T=1: all
+        tokens; weight, bias (D,); these four and their gradients of any of the three dtypes, dweight and dbias fp32;
+        mean_rstd (B*N, 2) fp32. bias enters the gradient of scale.
+    gate_residual_fwd(x, gate, branch, y, gate_kind)
+    gate_residual_bwd(dy, gate, branch, dbranch, dgate, gate_kind)
+        gate_kind 0: (D,), 1: (B, D), 2: (B, N, D); for 2 gate and dgate have x's dtype, else any of the three
+    cpu_variant() -> "x86-64-v2" | "avx2" | "avx512" | "generic"
+    cuda_archs() -> "8.0 9.0 ...", "" when built without nvcc
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+_HERE = Path(__file__).resolve().parent
+_LIBRARY = _HERE / "_csrc.so"
+_REASON = _HERE / "_csrc.missing.txt"
+_CURE = "install a C++ compiler (Debian: apt-get install g++) and run `pip install -e .` (or `pip install .`) again"
+
+
+@functools.cache
+def _load() -> tuple[Any, str | None]:
+    """(library, None) or (None, one sentence on why not)."""
+    if not _LIBRARY.exists():
+        if _REASON.exists():
+            return None, f"the native library was not built: {_REASON.read_text().strip()}"
+        return None, f"the native library {_LIBRARY.name} is not beside {_HERE}: the package was never installed by pip"
+    import torch  # noqa: F401  (its libgomp.so.1 has to be the one that the library finds)
+
+    try:
+        import tvm_ffi
+
+        return tvm_ffi.load_module(str(_LIBRARY)), None
+    except Exception as error:  # a wrong platform, a missing libtvm_ffi: whatever the loader says
+        return None, f"the native library {_LIBRARY} does not load: {error}"
+
+
+def why_missing() -> str | None:
+    """None when the native library can be used, else the reason in words. Cached."""
+    return _load()[1]
+
+
+def lib() -> Any:
+    """The native library: a module with the functions above. RuntimeError with the reason and the cure if there is none."""
+    library, reason = _load()
+    if library is None:
+        raise RuntimeError(f"{reason}; {_CURE}")
+    return library
