@@ -13,4 +13,24 @@ if __name__ != "maetok_fast.kernels":
         "`import maetok_fast.kernels`, and install the project with `pip install -e .` if that is not found"
     )
 
-__all__: list[str] = []
+from ._op import Backend, BackendError, Cost, Op, Sample, backend, forced_backend, ops
+from .adaln import adaln, adaln_ref, gate_residual, gate_residual_ref
+from .rope_attention import rope_attention, rope_attention_ref, rope_table
+
+__all__ = [
+    "Backend",
+    "BackendError",
+    "Cost",
+    "Op",
+    "Sample",
+    "adaln",
+    "adaln_ref",
+    "backend",
+    "forced_backend",
+    "gate_residual",
+    "gate_residual_ref",
+    "ops",
+    "rope_attention",
+    "rope_attention_ref",
+    "rope_table",
+]

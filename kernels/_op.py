@@ -1,0 +1,382 @@
+# Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
+"""`Op`: the one abstraction of the op library.
+
+An op is a formula (`ref`, plain differentiable torch) plus the kernels that compute the same formula faster:
+
+    call ── bind ── check ── coerce ── choose ──┬── "reference": ref(*args), autograd and torch.compile see plain torch
+            (names) (shapes) (dtypes,  (table,  │
+                              autocast) shapes) └── kernel: torch.ops.maetok_fast.<name>(backend, *args)
+                                                     │  custom op: fake, CPU/CUDA body = Backend.forward
+                                                     └── torch.ops.maetok_fast.<name>_backward = Backend.backward
+
+Everything before the custom op is pure Python on shapes and dtypes, so `torch.compile(fullgraph=True)` traces through
+it; the custom op is opaque to the compiler and carries the chosen backend as its first argument, so that the backward
+meets the tensors that the same backend saved.
+
+A file of the library defines, in this order: the formula (docstring), `<op>_ref`, the kernels, their launchers,
+`_unsupported`, and the record `<op> = Op("<op>", ...)`. From the list of records (`ops()`) come the correctness suite,
+the kernel benchmarks, the cost report and `maetok-fast doctor`, with no further line per op.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _native
+from ._triton import why_no_triton
+
+__all__ = ["Backend", "BackendError", "Cost", "Op", "Sample", "backend", "forced_backend", "ops"]
+
+log = logging.getLogger("maetok_fast")
+
+NAMESPACE = "maetok_fast"
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_RECORDS: dict[str, Op] = {}
+_LOGGED: set[tuple[str, str, str]] = set()
+
+
+class BackendError(RuntimeError):
+    """A backend was forced (or `MAETOK_FAST_STRICT=1` is set) and cannot take these inputs; the message says why."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an ideal implementation must do once: `flops` (multiply and add counted apart), `bytes` moved to and from
+    memory when each input is read once and each output written once, `launches` of GPU kernels."""
+
+    flops: int
+    bytes: int
+    launches: int = 1
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Named inputs of an op. `make(randn)` returns the op's keyword arguments; `randn(*shape)` draws a standard normal
+    tensor of the dtype and device under test and `randn(*shape, dtype=...)` of a fixed dtype. `real` marks a shape of
+    the models (benchmarks); the others are small and hold the edge cases (tests)."""
+
+    label: str
+    make: Callable[[Callable[..., Tensor]], dict[str, Any]]
+    real: bool = False
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute an op with kernels.
+
+    forward(*args) -> (output, *saved): `args` are the op's arguments in order; launches, checks nothing.
+    backward(grad, saved, args, needs) -> one gradient per argument (None where `needs` is False or it is no tensor).
+    library: what must be present: "native" (csrc), "triton", or None.
+    """
+
+    name: str
+    forward: Callable[..., tuple[Tensor, ...]]
+    backward: Callable[[Tensor, Sequence[Tensor], tuple[Any, ...], Sequence[bool]], Sequence[Tensor | None]]
+    library: str | None = None
+
+
+class _State:
+    forced: str | None = None
+    strict: bool = os.environ.get("MAETOK_FAST_STRICT", "0") not in ("", "0")
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force one backend, process-wide, for every op that has it: "reference", "native", "triton", ...
+
+    Ops that know no backend of this name keep their own choice. Raises `ValueError` for a name that no op knows, and
+    the ops raise `BackendError` when the forced backend cannot take their inputs.
+    """
+    known = {"reference"} | {b.name for op in _RECORDS.values() for b in op.all_backends()}
+    if name not in known:
+        raise ValueError(f"unknown backend {name!r}: expected one of {', '.join(sorted(known))}")
+    before = _State.forced
+    _State.forced = name
+    try:
+        yield
+    finally:
+        _State.forced = before
+
+
+def forced_backend() -> str | None:
+    """The backend forced by `backend(...)`, or None."""
+    return _State.forced
+
+
+def ops() -> dict[str, Op]:
+    """All records, by name."""
+    return dict(_RECORDS)
+
+
+@torch.compiler.assume_constant_result
+def _why_missing(library: str | None, device: str) -> str | None:
+    """Why `library` cannot run on `device` here, or None. Constant in a process, hence also for torch.compile."""
+    if library == "native":
+        return _native.why_missing()
+    if library == "triton":
+        return why_no_triton(device)
+    return None
+
+
+def _log_once(op: str, name: str, reason: str) -> None:
+    if (op, name, reason) not in _LOGGED:
+        _LOGGED.add((op, name, reason))
+        log.debug("%s: backend %s not used: %s", op, name, reason)
+
+
+@dataclass(eq=False)
+class Op:
+    """The record of an op. Calling it computes the op with the best backend for these inputs.
+
+    name: the op's name, also under `torch.ops.maetok_fast`.
+    ref: the formula in plain torch, any float dtype; its signature (typed, no `*`) is the op's signature.
+    cpu, cuda: backends by device, the preferred one first.
+    fake: fake(backend, *args) -> shapes of (output, *saved) as empty tensors.
+    saved: how many tensors the forwards save beside the output.
+    keep_output: the backward also needs the output itself, as the first of `saved`.
+    check: raises ValueError/TypeError in one sentence when the arguments do not fit together (shape-only, pure).
+    unsupported: unsupported(backend, *args) -> why that backend cannot take these, or None (shape-only, pure).
+    autocast: "lower": under autocast fp32 tensors are cast to the autocast dtype; "promote": no autocast; the tensors
+        are brought to their widest dtype, as torch's own elementwise type promotion does.
+    fp32: names of tensors that are always fp32 (fp64 for a reference run in fp64), whatever the others are.
+    residual: name of the argument whose gradient is the output's own gradient (x in x + f), so nobody copies it.
+    samples, cost: see `Sample` and `Cost`.
+    peers: other implementations for the benchmarks, name -> function of the op's arguments.
+    """
+
+    name: str
+    ref: Callable[..., Tensor]
+    fake: Callable[..., tuple[Tensor, ...]]
+    check: Callable[..., None]
+    unsupported: Callable[..., str | None]
+    samples: Callable[[], Iterable[Sample]]
+    cost: Callable[..., Cost]
+    cpu: Sequence[Backend] = ()
+    cuda: Sequence[Backend] = ()
+    saved: int = 0
+    keep_output: bool = False
+    autocast: str = "promote"
+    fp32: frozenset[str] = frozenset()
+    residual: str | None = None
+    peers: dict[str, Callable[..., Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.name in _RECORDS:
+            raise RuntimeError(
+                f"op {self.name!r} is registered twice: import maetok_fast.kernels only, and give each op its own name"
+            )
+        if self.autocast not in ("lower", "promote"):
+            raise ValueError(f"op {self.name!r}: autocast must be 'lower' or 'promote', not {self.autocast!r}")
+        signature = inspect.signature(self.ref)
+        self._params = tuple(signature.parameters.values())
+        self._names = tuple(p.name for p in self._params)
+        self._required = sum(p.default is inspect.Parameter.empty for p in self._params)
+        self._defaults = tuple(p.default for p in self._params)
+        self._fp32_at = tuple(name in self.fp32 for name in self._names)
+        self._residual_at = -1 if self.residual is None else self._names.index(self.residual)
+        self.__doc__, self.__name__, self.__signature__ = self.ref.__doc__, self.name, signature
+        self._forward_op = self._register()
+        _RECORDS[self.name] = self
+
+    # ---- the call ----------------------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        args = self.bind(args, kwargs)
+        self.check(*args)
+        args = self._coerce(args)
+        chosen = self.choose(args)
+        if chosen == "reference":
+            with torch.autocast(args[0].device.type, enabled=False):
+                return self.ref(*args)
+        out = self._forward_op(chosen, *args)
+        return out[0] if self.saved else out
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """The arguments in the order of `ref`, defaults filled in. Raises TypeError like a Python call does."""
+        if len(args) > len(self._names):
+            raise TypeError(f"{self.name}() takes {len(self._names)} arguments but {len(args)} were given")
+        bound = list(args) + list(self._defaults[len(args) :])
+        given = len(args)
+        for key, value in kwargs.items():
+            if key not in self._names:
+                raise TypeError(f"{self.name}() got an unexpected argument {key!r}; it takes {', '.join(self._names)}")
+            at = self._names.index(key)
+            if at < len(args):
+                raise TypeError(f"{self.name}() got two values for {key!r}")
+            bound[at] = value
+            given += at < self._required
+        if len(args) < self._required and given < self._required:
+            missing = [n for n in self._names[len(args) : self._required] if n not in kwargs]
+            raise TypeError(f"{self.name}() misses {', '.join(missing)}")
+        if not isinstance(bound[0], Tensor):
+            raise TypeError(f"{self.name}() expects a tensor as {self._names[0]}, got {type(bound[0]).__name__}")
+        return tuple(bound)
+
+    def _coerce(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Applies the op's dtype rule: autocast or promotion, and the always-fp32 arguments."""
+        device = args[0].device.type
+        target = args[0].dtype
+        if self.autocast == "lower":
+            if target == torch.float32 and torch.is_autocast_enabled(device):
+                target = torch.get_autocast_dtype(device)
+        else:
+            for value, fp32 in zip(args, self._fp32_at):
+                if isinstance(value, Tensor) and not fp32:
+                    target = torch.promote_types(target, value.dtype)
+        full = torch.float64 if target == torch.float64 else torch.float32
+        out = []
+        for value, fp32 in zip(args, self._fp32_at):
+            if isinstance(value, Tensor) and value.is_floating_point():
+                wanted = full if fp32 else target
+                value = value if value.dtype == wanted else value.to(wanted)
+            out.append(value)
+        return tuple(out)
+
+    def all_backends(self) -> tuple[Backend, ...]:
+        """The CPU backends, then the CUDA backends."""
+        return (*self.cpu, *self.cuda)
+
+    def _candidates(self, device: str) -> Sequence[Backend]:
+        return self.cpu if device == "cpu" else self.cuda if device == "cuda" else ()
+
+    def _why_not(self, candidate: Backend, device: str, args: tuple[Any, ...]) -> str | None:
+        reason = _why_missing(candidate.library, device)
+        if reason is not None:
+            return reason
+        for name, value in zip(self._names, args):
+            if isinstance(value, Tensor):
+                if value.device.type != device:
+                    return f"{name} is on {value.device.type} and {self._names[0]} on {device}"
+                if value.is_floating_point() and value.dtype not in KERNEL_DTYPES:
+                    return f"{name} is {value.dtype}; the kernels take float32, bfloat16 and float16"
+        return self.unsupported(candidate.name, *args)
+
+    def choose(self, args: tuple[Any, ...]) -> str:
+        """The backend for these bound arguments: the forced one, else the device's first that can take them, else
+        "reference". Raises BackendError when a forced one cannot, or when strict mode would fall back."""
+        device = args[0].device.type
+        forced = _State.forced
+        if forced == "reference":
+            return forced
+        if forced is not None:
+            for candidate in self.all_backends():
+                if candidate.name == forced:
+                    native_elsewhere = candidate not in self._candidates(device) and candidate.library == "native"
+                    reason = f"it runs on the CPU, the inputs are on {device}" if native_elsewhere else None
+                    reason = reason or self._why_not(candidate, device, args)
+                    if reason is not None:
+                        raise BackendError(f"{self.name}: backend {forced!r} was forced but cannot run: {reason}")
+                    return forced
+        reasons = []
+        for candidate in self._candidates(device):
+            reason = self._why_not(candidate, device, args)
+            if reason is None:
+                return candidate.name
+            reasons.append(f"{candidate.name}: {reason}")
+        if _State.strict:
+            why = "; ".join(reasons) or f"no kernels for device {device}"
+            raise BackendError(f"{self.name}: MAETOK_FAST_STRICT=1 and no kernel can take these inputs ({why})")
+        if not torch.compiler.is_compiling():
+            for reason in reasons:
+                _log_once(self.name, "kernels", reason)
+        return "reference"
+
+    def backends(self, device: str) -> list[tuple[str, str | None]]:
+        """(name, why it is missing on this machine or None) of each backend for `device`, the preferred one first;
+        "reference" closes the list."""
+        rows: list[tuple[str, str | None]] = [
+            (b.name, _why_missing(b.library, device)) for b in self._candidates(device)
+        ]
+        return [*rows, ("reference", None)]
+
+    def reason(self, *args: Any, **kwargs: Any) -> dict[str, str | None]:
+        """Why each backend of the inputs' device would not take these arguments (None: it would)."""
+        bound = self._coerce(self.bind(args, kwargs))
+        device = bound[0].device.type
+        return {b.name: self._why_not(b, device, bound) for b in self._candidates(device)}
+
+    # ---- torch registration ------------------------------------------------------------------------------------
+
+    def _backend(self, name: str) -> Backend:
+        for candidate in self.all_backends():
+            if candidate.name == name:
+                return candidate
+        raise BackendError(f"{self.name} has no backend {name!r}")
+
+    def _register(self) -> Callable[..., Any]:
+        """Registers `<name>` and `<name>_backward` as torch custom ops; returns the first."""
+        # Without defaults: torch's dispatcher drops trailing arguments that equal theirs on the way to a Python body.
+        arguments = re.sub(
+            r"=[^,)]+", "", torch.library.infer_schema(self.ref, mutates_args=()).rsplit("->", 1)[0].strip()[1:-1]
+        )
+        outputs = ", ".join(["Tensor"] * (1 + self.saved))
+        is_tensor = ["Tensor" in str(p.annotation) for p in self._params]
+        count = len(self._params)
+
+        def shaped(outputs: tuple[Tensor, ...]) -> Any:
+            """As the schema says: torch takes a single output bare, several as a tuple."""
+            return outputs if self.saved else outputs[0]
+
+        def forward(name: str, *args: Any) -> Any:
+            return shaped(self._backend(name).forward(*args))
+
+        def backward(grad: Tensor, saved: list[Tensor], needs: list[bool], name: str, *args: Any) -> list[Tensor]:
+            grads = self._backend(name).backward(grad, saved, args, needs)
+            return [g if n and g is not None else grad.new_empty(0) for g, n in zip(grads, needs)]
+
+        def backward_fake(grad: Tensor, saved: list[Tensor], needs: list[bool], name: str, *args: Any) -> list[Tensor]:
+            return [
+                torch.empty_like(v, memory_format=torch.contiguous_format) if n else grad.new_empty(0)
+                for v, n in zip(args, needs)
+            ]
+
+        forward_op = torch.library.custom_op(
+            f"{NAMESPACE}::{self.name}", forward, mutates_args=(), schema=f"(str backend, {arguments}) -> ({outputs})"
+        )
+        forward_op.register_fake(lambda name, *args: shaped(self.fake(name, *args)))
+        backward_op = torch.library.custom_op(
+            f"{NAMESPACE}::{self.name}_backward",
+            backward,
+            mutates_args=(),
+            schema=f"(Tensor grad, Tensor[] saved_outputs, bool[] needs, str backend, {arguments}) -> Tensor[]",
+        )
+        backward_op.register_fake(backward_fake)
+
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            ctx.backend, *values = inputs
+            outputs = output if self.saved else (output,)
+            tensors = [v for v, t in zip(values, is_tensor) if t and v is not None]
+            ctx.save_for_backward(*tensors, *outputs[0 if self.keep_output else 1 :])
+            ctx.others = [None if t and v is not None else v for v, t in zip(values, is_tensor)]
+            ctx.present = [t and v is not None for v, t in zip(values, is_tensor)]
+            ctx.set_materialize_grads(False)
+
+        def autograd(ctx: Any, grad: Tensor | None, *_saved_grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            nothing: list[Tensor | None] = [None] * (count + 1)
+            if grad is None:
+                return tuple(nothing)
+            tensors = list(ctx.saved_tensors)
+            values = [tensors.pop(0) if p else v for p, v in zip(ctx.present, ctx.others)]
+            needs = [bool(p and n) for p, n in zip(ctx.present, ctx.needs_input_grad[1:])]
+            own = self._residual_at
+            asked = [n and i != own for i, n in enumerate(needs)]
+            grads = list(nothing)
+            if any(asked):
+                results = backward_op(grad, tensors, asked, ctx.backend, *values)
+                grads[1:] = [r if n else None for r, n in zip(results, asked)]
+            if own >= 0 and needs[own]:
+                grads[1 + own] = grad
+            return tuple(grads)
+
+        forward_op.register_autograd(autograd, setup_context=setup_context)
+        return forward_op
