@@ -207,7 +207,7 @@ class BuildNative(build_ext):
             nvcc, prefix, architectures = cuda
             options = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", *gencode(architectures)]
             for source in cuda_sources:
-                compile_([nvcc], source, "cuda", *options, *includes)
+                compile_([nvcc], source, "cuda", *options, *includes, f'-DMF_CUDA_ARCHS="{" ".join(architectures)}"')
             # Static: machines without a CUDA toolkit or driver have no libcudart, and must still load the library.
             static = next((p for p in (prefix / "lib64", prefix / "lib") if (p / "libcudart_static.a").exists()), None)
             if static is None:

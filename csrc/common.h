@@ -8,6 +8,7 @@
 // Errors become Python ValueError / TypeError naming the argument, what was expected and what came.
 #pragma once
 
+#include <omp.h>
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/function.h>
 #include <tvm/ffi/optional.h>

@@ -1,5 +1,7 @@
-// What kernels and their callers share: element types by number.
+// What kernels and their callers share: element types by number, plain pointers. No functions with code in them.
 #pragma once
+
+#include <stdint.h>
 
 namespace mf {
 
@@ -8,5 +10,17 @@ enum class DType : int { f32, bf16, f16 };
 constexpr const char* dtype_name(DType d) {
   return d == DType::f32 ? "float32" : d == DType::bf16 ? "bfloat16" : "float16";
 }
+
+// A tensor read or written row by row in its own element type; data == nullptr: absent.
+struct Column {
+  void* data;
+  DType type;
+};
+
+// Gradients that are sums over tokens are summed over chunks of this many tokens first, whatever the number of threads,
+// and the chunks in order: the result is the same for every number of threads.
+constexpr int64_t kChunk = 32;
+
+constexpr int64_t chunks(int64_t tokens) { return (tokens + kChunk - 1) / kChunk; }
 
 }  // namespace mf
