@@ -1,0 +1,57 @@
+# Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
+"""The models, one readable file each, and their presets.
+
+    tokenizer.py     MAETok, images <-> latent tokens
+    sit.py           SiT, latents -> velocity
+    lightningdit.py  LightningDiT, the same with RMSNorm, SwiGLU and RoPE
+    checkpoints.py   the public checkpoint layout: read, check, write, push
+    catalog.py       the table behind `create(name)` and `presets()`
+
+Names are resolved on first use (PEP 562), so importing this package costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from maetok_fast.models.checkpoints import CheckpointError as CheckpointError
+    from maetok_fast.models.lightningdit import LightningDiT as LightningDiT
+    from maetok_fast.models.lightningdit import LightningDiTConfig as LightningDiTConfig
+    from maetok_fast.models.catalog import create as create
+    from maetok_fast.models.catalog import presets as presets
+    from maetok_fast.models.sit import Modulations as Modulations
+    from maetok_fast.models.sit import SiT as SiT
+    from maetok_fast.models.sit import SiTConfig as SiTConfig
+    from maetok_fast.models.tokenizer import MAETok as MAETok
+    from maetok_fast.models.tokenizer import MAETokConfig as MAETokConfig
+    from maetok_fast.models.tokenizer import ViTSize as ViTSize
+
+_HOME = {
+    "CheckpointError": "checkpoints",
+    "LightningDiT": "lightningdit",
+    "LightningDiTConfig": "lightningdit",
+    "MAETok": "tokenizer",
+    "MAETokConfig": "tokenizer",
+    "Modulations": "sit",
+    "SiT": "sit",
+    "SiTConfig": "sit",
+    "ViTSize": "tokenizer",
+    "create": "catalog",
+    "presets": "catalog",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

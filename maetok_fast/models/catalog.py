@@ -1,0 +1,65 @@
+# Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
+"""Presets: one table from a name to a model class and its configuration. `create("sit-xl-1")` builds one with fresh
+weights; `presets()` lists them. Sizes: DiT's S, B, L, XL and timm's ViT-S, -B, -L."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from maetok_fast.models.lightningdit import LightningDiT, LightningDiTConfig
+from maetok_fast.models.sit import SiT, SiTConfig
+from maetok_fast.models.tokenizer import MAETok, MAETokConfig, ViTSize
+
+__all__ = ["create", "presets"]
+
+# dim, depth, heads
+_DIT = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16)}
+_VIT = {"s": ViTSize(384, 12, 6), "b": ViTSize(768, 12, 12), "l": ViTSize(1024, 24, 16)}
+
+
+def _table() -> dict[str, tuple[type[nn.Module], Any]]:
+    table: dict[str, tuple[type[nn.Module], Any]] = {}
+    for name, size in _VIT.items():
+        for count in (32, 64, 128, 256):
+            base = MAETokConfig(num_latent_tokens=count, encoder=size, decoder=size)
+            table[f"maetok-{name}-{count}"] = (MAETok, base)
+            table[f"maetok-{name}-{count}-512"] = (MAETok, replace(base, image_size=512))
+            table[f"maetok-{name}-{count}-plain"] = (MAETok, replace(base, decoder_kind="plain"))
+        # the image-token ablation: one latent per patch
+        table[f"maetok-{name}-0"] = (MAETok, MAETokConfig(num_latent_tokens=0, encoder=size, decoder=size))
+    for name, (dim, depth, heads) in _DIT.items():
+        shape: dict[str, int] = {"dim": dim, "depth": depth, "heads": heads}
+        table[f"sit-{name}-1"] = (SiT, SiTConfig(**shape))
+        table[f"sit-{name}-2"] = (SiT, SiTConfig(tokens=(64, 64), channels=4, patch=2, **shape))
+        table[f"sit-{name}-2-256"] = (SiT, SiTConfig(tokens=(32, 32), channels=4, patch=2, **shape))
+        table[f"lightningdit-{name}-1"] = (LightningDiT, LightningDiTConfig(**shape))
+        table[f"lightningdit-{name}-1d"] = (LightningDiT, LightningDiTConfig(tokens=128, time="maetok", **shape))
+    return table
+
+
+def presets() -> dict[str, Any]:
+    """Every preset's name and configuration, e.g. `{"maetok-b-128": MAETokConfig(...), ...}`.
+
+    maetok-SIZE-L[-512|-plain] (L = 0: image tokens), sit-SIZE-1 (128 x 32 latents), sit-SIZE-2 (64x64x4, patch 2: SD-VAE
+    at 512 px) and sit-SIZE-2-256 (32x32x4), lightningdit-SIZE-1 (16x16x32), lightningdit-SIZE-1d (128 x 32 latents).
+    """
+    return {name: config for name, (_, config) in _table().items()}
+
+
+def create(name: str, **changes: Any) -> Any:
+    """A model with freshly initialised weights: `create("maetok-b-128", image_size=512)`.
+
+    changes: fields of the preset's configuration to replace. ValueError for an unknown name or field.
+    """
+    table = _table()
+    if name not in table:
+        raise ValueError(f"models.create: no preset {name!r}; choose one of {', '.join(sorted(table))}")
+    model, config = table[name]
+    unknown = sorted(set(changes) - set(config.__dataclass_fields__))
+    if unknown:
+        known = ", ".join(config.__dataclass_fields__)
+        raise ValueError(f"models.create: {type(config).__name__} has no field {', '.join(unknown)}; its fields: {known}")
+    return model(replace(config, **changes))

@@ -1,0 +1,117 @@
+# Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
+"""LightningDiT: SiT with RMSNorm, SwiGLU and 2-D axial RoPE (Reconstruction vs. Generation, arXiv 2501.01423).
+
+    as in sit.py, with   norm      RMSNorm with weight, eps 1e-6 (or LayerNorm without affine, `rmsnorm=False`)
+                         attn      optional q/k norm (RMSNorm, or LayerNorm eps 1e-5), RoPE on all tokens: of head_dim / 2
+                                   pairs the first half turns with the row, the second with the column, theta 1e4,
+                                   interleaved pairs, integer positions
+                         mlp       w3(silu(a) * b), [a | b] = w12(x), hidden width int(2/3 * int(dim * mlp_ratio))
+                         adaLN     6D, or 4D without the shifts (`shift=False`)
+
+The fixed 2-D sin/cos positions of SiT are added as well. On 1-D latents (tokens an int) there is no grid: 1-D sin/cos
+positions and no RoPE. Published weights are trained with t = 1 data, so their configs carry time="sit" (see sit.py): the
+API stays t = 0 data. Published sampling (FID 1.35) applies guidance to the first 3 of 32 channels and shifts timesteps;
+both are the sampler's options.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from maetok_fast.kernels import gate_residual, rope_table
+from maetok_fast.layers import Attention, LayerNorm, Mlp, RMSNorm, SwiGLU, axial_frequencies, grid_positions
+from maetok_fast.models.sit import DiffusionTransformer, FinalLayer, SiTConfig
+
+__all__ = ["LightningDiT", "LightningDiTConfig"]
+
+
+@dataclass(frozen=True)
+class LightningDiTConfig(SiTConfig):
+    """Architecture of a LightningDiT; fields of SiTConfig plus switches. Defaults: XL/1 on 16x16x32 (VA-VAE f16d32),
+    in the time convention of the published weights."""
+
+    tokens: int | tuple[int, int] = (16, 16)
+    rmsnorm: bool = True
+    swiglu: bool = True
+    rope: bool = True
+    shift: bool = True
+    time: str = "sit"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.use_rope and self.dim // self.heads % 4:
+            raise ValueError(f"LightningDiTConfig: head_dim {self.dim // self.heads} must be divisible by 4 for 2-D RoPE")
+
+    @property
+    def use_rope(self) -> bool:
+        """RoPE needs a grid: 1-D latents have none."""
+        return self.rope and not isinstance(self.tokens, int)
+
+
+def _norm(config: LightningDiTConfig) -> nn.Module:
+    return RMSNorm(config.dim) if config.rmsnorm else LayerNorm(config.dim, affine=False)
+
+
+class LightningDiTBlock(nn.Module):
+    """modulation (B, 6D) as SiT's, or (B, 4D) = [scale_msa, gate_msa, scale_mlp, gate_mlp] without shifts."""
+
+    def __init__(self, config: LightningDiTConfig) -> None:
+        super().__init__()
+        hidden = int(config.dim * config.mlp_ratio)
+        self.shift = config.shift
+        self.norm1 = _norm(config)
+        self.attn = Attention(
+            config.dim, config.heads, "none" if not config.qk_norm else "rms" if config.rmsnorm else "layer"
+        )
+        self.norm2 = _norm(config)
+        self.mlp = SwiGLU(config.dim, int(2 / 3 * hidden)) if config.swiglu else Mlp(config.dim, hidden, "tanh")
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.dim, (6 if config.shift else 4) * config.dim))
+
+    def forward(self, x: Tensor, modulation: Tensor, rope: Tensor | None = None) -> Tensor:
+        if self.shift:
+            shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
+        else:
+            scale_msa, gate_msa, scale_mlp, gate_mlp = modulation.chunk(4, dim=-1)
+            shift_msa = shift_mlp = None
+        x = gate_residual(x, gate_msa, self.attn(self.norm1(x, shift_msa, scale_msa), rope))
+        return gate_residual(x, gate_mlp, self.mlp(self.norm2(x, shift_mlp, scale_mlp)))
+
+
+class RopeBuffers(nn.Module):
+    """cos and sin (N, head_dim), each value twice, as the public checkpoints store them. Written for their loaders; our
+    own tables are made from the frequencies."""
+
+    def __init__(self, freqs: Tensor, grid: tuple[int, int]) -> None:
+        super().__init__()
+        pos = grid_positions(grid)
+        angle = (pos[:, :1] * freqs[0] + pos[:, 1:] * freqs[1]).repeat_interleave(2, dim=1)
+        self.register_buffer("freqs_cos", angle.cos())
+        self.register_buffer("freqs_sin", angle.sin())
+
+
+class LightningDiT(DiffusionTransformer):
+    """LightningDiT. `LightningDiT.from_pretrained` reads the public training files (`ema` / `model`)."""
+
+    config_class = LightningDiTConfig
+
+    def __init__(self, config: LightningDiTConfig | None = None) -> None:
+        config = LightningDiTConfig() if config is None else config
+        super().__init__(config)
+        self.blocks = nn.ModuleList([LightningDiTBlock(config) for _ in range(config.depth)])
+        self.final_layer = FinalLayer(config.dim, self.out_features, _norm(config))
+        self.feat_rope = RopeBuffers(self._frequencies(), self.grid) if config.use_rope else None  # type: ignore[arg-type]
+        self.reset_parameters()
+
+    def _frequencies(self) -> Tensor:
+        return axial_frequencies(self.config.dim // self.config.heads // 4, 10000.0, "y")
+
+    def rope(self) -> Tensor | None:
+        """The table (2, 1, N, head_dim / 2) of the trained grid, None for 1-D latents."""
+        if self.feat_rope is None or self.grid is None:
+            return None
+        device = self.pos_embed.device
+        with torch.no_grad():
+            return rope_table(self._frequencies().to(device), grid_positions(self.grid, device))

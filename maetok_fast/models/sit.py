@@ -1,0 +1,236 @@
+# Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
+"""SiT: the diffusion transformer on latents (Scalable Interpolant Transformers, arXiv 2401.08740).
+
+    x (B, L, C) or (B, C, H, W)                  t (B,)      y (B,)
+      │ Linear, or patches through a conv          │ 256 features [cos | sin], MLP
+      │ + fixed sin/cos positions                  │           │ label table, null class = num_classes
+      │                                            └── c = t + y (B, D) ──┘
+      │                                                 │ SiLU, one Linear per block
+      │ depth x:                                        ▼
+      │   x += gate * attn(norm(x) * (1 + scale) + shift)      modulations: per block (B, 6D), final (B, 2D)
+      │   x += gate * mlp(norm(x) * (1 + scale) + shift)
+      ▼ norm, modulate, Linear, unpatchify
+    v, of x's shape
+
+The class computes `forward(x, t, y) = forward_modulated(x, modulations(condition(t, y)))`. The modulations depend on
+(t, y) only and hold a third of the weights, so a sampler may compute those of all its steps in one go.
+
+Time: the network itself knows no direction. Weights trained in the MAETok/REPA convention, t = 0 data and t = 1 noise,
+v = noise - data, are what this package's API means everywhere; `time="sit"` in the config marks weights of the official
+SiT and LightningDiT convention (t = 1 data, v = data - noise): forward then flips t and the sign of v for them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from maetok_fast.kernels import gate_residual
+from maetok_fast.layers import (
+    Attention,
+    LabelEmbedder,
+    LayerNorm,
+    Mlp,
+    PatchEmbed,
+    TimestepEmbedder,
+    sincos_1d,
+    sincos_2d,
+    unpatchify,
+)
+from maetok_fast.models._checks import check_dtype, check_labels, check_tensor, check_times
+from maetok_fast.models.checkpoints import Pretrained
+
+__all__ = ["Modulations", "SiT", "SiTConfig"]
+
+
+@dataclass(frozen=True)
+class SiTConfig:
+    """Architecture of a SiT. The defaults are XL/1 on MAETok's 128 latents of width 32.
+
+    tokens: L for 1-D latents, (height, width) of the latent grid for 2-D ones. patch: 1 for 1-D latents.
+    qk_norm: LayerNorm over head_dim (affine, eps 1e-5) on q and k. learn_sigma: official SiT weights have 2C output
+    channels of which the last C are dropped. time: "maetok" (t = 0 data) or "sit" (t = 1 data; flipped in forward).
+    """
+
+    tokens: int | tuple[int, int] = 128
+    channels: int = 32
+    patch: int = 1
+    dim: int = 1152
+    depth: int = 28
+    heads: int = 16
+    mlp_ratio: float = 4.0
+    num_classes: int = 1000
+    label_dropout: float = 0.1
+    qk_norm: bool = False
+    learn_sigma: bool = False
+    time: str = "maetok"
+
+    def __post_init__(self) -> None:
+        check_generator(self)
+
+
+def check_generator(config: SiTConfig | object) -> None:
+    """ValueError on sizes that no generator can have (shared by SiT and LightningDiT)."""
+    name, c = type(config).__name__, config
+    sizes = (c.channels, c.patch, c.dim, c.depth, c.heads, c.num_classes)  # type: ignore[attr-defined]
+    if min(sizes) < 1 or c.dim % c.heads or c.dim % 4:  # type: ignore[attr-defined]
+        raise ValueError(f"{name}: channels, patch, dim, depth, heads, num_classes {sizes} must be positive, "
+                         "dim divisible by heads and by 4")  # fmt: skip
+    tokens = c.tokens  # type: ignore[attr-defined]
+    if isinstance(tokens, int):
+        if tokens < 1 or c.patch != 1:  # type: ignore[attr-defined]
+            raise ValueError(f"{name}: 1-D latents need tokens >= 1 and patch 1, got tokens {tokens}, patch {c.patch}")  # type: ignore[attr-defined]
+    elif len(tokens) != 2 or min(tokens) < 1 or tokens[0] % c.patch or tokens[1] % c.patch:  # type: ignore[attr-defined]
+        raise ValueError(f"{name}: the latent grid {tokens} must be (height, width), multiples of patch {c.patch}")  # type: ignore[attr-defined]
+    if c.time not in ("maetok", "sit"):  # type: ignore[attr-defined]
+        raise ValueError(f"{name}: time {c.time!r} is not 'maetok' (t = 0 data) or 'sit' (t = 1 data)")  # type: ignore[attr-defined]
+
+
+class Modulations(NamedTuple):
+    """All adaLN modulations of a batch: `blocks`, one (B, 6D) per block, and `final` (B, 2D)."""
+
+    blocks: tuple[Tensor, ...]
+    final: Tensor
+
+    def rows(self, index: slice | Tensor) -> Modulations:
+        """The same for a slice (or index tensor) of the batch: one sampling step of many computed at once."""
+        return Modulations(tuple(b[index] for b in self.blocks), self.final[index])
+
+
+class SiTBlock(nn.Module):
+    """adaLN-zero block. modulation (B, 6D) = [shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp]."""
+
+    def __init__(self, config: SiTConfig) -> None:
+        super().__init__()
+        self.norm1 = LayerNorm(config.dim, affine=False)
+        self.attn = Attention(config.dim, config.heads, "layer" if config.qk_norm else "none")
+        self.norm2 = LayerNorm(config.dim, affine=False)
+        self.mlp = Mlp(config.dim, int(config.dim * config.mlp_ratio), approximate="tanh")
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.dim, 6 * config.dim))
+
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
+        x = gate_residual(x, gate_msa, self.attn(self.norm1(x, shift_msa, scale_msa)))
+        return gate_residual(x, gate_mlp, self.mlp(self.norm2(x, shift_mlp, scale_mlp)))
+
+
+class FinalLayer(nn.Module):
+    """norm, modulate by (B, 2D) = [shift, scale], Linear to patch pixels."""
+
+    def __init__(self, dim: int, out: int, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm_final = norm
+        self.linear = nn.Linear(dim, out)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        shift, scale = modulation.chunk(2, dim=-1)
+        return self.linear(self.norm_final(x, shift, scale))
+
+
+class DiffusionTransformer(Pretrained, nn.Module):
+    """What SiT and LightningDiT share: embedders, positions, the split into condition, modulations and blocks.
+
+    Subclasses set `blocks` and `final_layer` and call `reset_parameters`; `rope()` gives their RoPE table or None.
+    """
+
+    def __init__(self, config: SiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim, patch = config.dim, config.patch
+        if isinstance(config.tokens, int):
+            self.grid: tuple[int, int] | None = None
+            self.x_embedder: nn.Module = nn.Linear(config.channels, dim)
+            table = sincos_1d(dim, config.tokens)
+        else:
+            self.grid = (config.tokens[0] // patch, config.tokens[1] // patch)
+            self.x_embedder = PatchEmbed(config.channels, dim, patch)
+            table = sincos_2d(dim, self.grid)
+        self.t_embedder = TimestepEmbedder(dim)
+        self.y_embedder = LabelEmbedder(config.num_classes, dim, config.label_dropout)
+        # fixed, but a parameter in the public checkpoints
+        self.pos_embed = nn.Parameter(table.unsqueeze(0).to(torch.get_default_dtype()), requires_grad=False)
+
+    @property
+    def out_features(self) -> int:
+        return self.config.patch**2 * self.config.channels * (2 if self.config.learn_sigma else 1)
+
+    def reset_parameters(self) -> None:
+        """Xavier-uniform Linears (the patch conv as one), N(0, .02) embeddings, zero adaLN and output layers."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        if isinstance(self.x_embedder, PatchEmbed):
+            nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
+            nn.init.zeros_(self.x_embedder.proj.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        for module in (*self.blocks, self.final_layer):
+            nn.init.zeros_(module.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Latents -> tokens (B, N, D) with positions."""
+        return self.x_embedder(x) + self.pos_embed
+
+    def condition(self, t: Tensor, y: Tensor) -> Tensor:
+        """t (B,) in [0, 1] and labels y (B,) -> c (B, D). In training mode labels are dropped at `label_dropout`."""
+        check_tensor("t", t, ("B",))
+        check_times(t, t.shape[0])
+        check_labels(y, t.shape[0])
+        if self.config.time == "sit":
+            t = 1 - t
+        return self.t_embedder(t) + self.y_embedder(y)
+
+    def modulations(self, c: Tensor) -> Modulations:
+        """c (B, D) -> every block's and the final layer's modulation. Rows of c are independent, so c may stack the
+        conditions of many sampling steps; `Modulations.rows` then picks one step's."""
+        c = F.silu(c)
+        return Modulations(
+            tuple(block.adaLN_modulation[1](c) for block in self.blocks), self.final_layer.adaLN_modulation[1](c)
+        )
+
+    def rope(self) -> Tensor | None:
+        return None
+
+    def forward_modulated(self, x: Tensor, modulations: Modulations) -> Tensor:
+        """Velocity for latents x, given `modulations(condition(t, y))` of the same batch."""
+        config = self.config
+        shape = (config.tokens, config.channels) if self.grid is None else (config.channels, *config.tokens)  # type: ignore[misc]
+        check_tensor("x", x, ("B", *shape))
+        check_dtype("x", x, self.pos_embed)
+        tokens = self.embed(x)
+        rope = self.rope()
+        for block, modulation in zip(self.blocks, modulations.blocks):
+            tokens = block(tokens, modulation) if rope is None else block(tokens, modulation, rope)
+        v = self.final_layer(tokens, modulations.final)
+        if self.grid is not None:
+            v = unpatchify(v, self.grid, config.patch)
+        if config.learn_sigma:
+            v = v.chunk(2, dim=-1 if self.grid is None else 1)[0]
+        return -v if config.time == "sit" else v
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """x (B, L, C) or (B, C, H, W), t (B,) in [0, 1] with 0 = data and 1 = noise, y (B,) int64 in [0, num_classes],
+        num_classes (1000) being the null class -> v = noise - data, of x's shape."""
+        check_tensor("t", t, (x.shape[0] if isinstance(x, Tensor) else "B",))
+        return self.forward_modulated(x, self.modulations(self.condition(t, y)))
+
+
+class SiT(DiffusionTransformer):
+    """SiT S/B/L/XL. See the module's drawing; `SiT.from_pretrained` reads MAETok/REPA and official SiT weights."""
+
+    config_class = SiTConfig
+
+    def __init__(self, config: SiTConfig | None = None) -> None:
+        config = SiTConfig() if config is None else config
+        super().__init__(config)
+        self.blocks = nn.ModuleList([SiTBlock(config) for _ in range(config.depth)])
+        self.final_layer = FinalLayer(config.dim, self.out_features, LayerNorm(config.dim, affine=False))
+        self.reset_parameters()

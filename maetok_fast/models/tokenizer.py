@@ -1,0 +1,420 @@
+# Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
+"""MAETok: images <-> L latent tokens of width H (Masked Autoencoders Are Effective Tokenizers, arXiv 2502.03444).
+
+    images (B, 3, H, W) in [-1, 1]
+      │ patches (conv), masked ones replaced by mask_token, [cls] prepended, + learned pos_embed (cls slot included)
+      │ latent_tokens + latent_pos_embed appended           [cls | N patches | L latents]
+      │ ViT blocks; 2-D RoPE turns the patches only         the last block computes only the tokens that are read
+      ▼ norm, last L tokens, quant_conv
+    latents (B, L, H)
+      │ post_quant_conv + latent_pos_embed                  [cls? | N x mask_token | L latents]
+      │ ViT blocks ("plain") or MoVQ blocks ("movqv2": norms without affine; the raw latents scale and shift the
+      │ normed latent tokens, `norm(x) * scale + shift`, not 1 + scale; no LayerScale)
+      ▼ norm, image tokens, Linear to pixels, unpatchify
+    images (B, 3, H, W), not clamped
+
+L = 0 is the image-token ablation: the N patch tokens themselves are the latents, (B, N, H), and the decoder starts from
+them instead of from mask tokens. Parameter names are those of the public checkpoints. Any resolution and aspect ratio
+works that the patch divides: RoPE turns by the true integer positions of the grid, and learned absolute positions are
+resampled bicubically when the grid is not the trained one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from maetok_fast.kernels import gate_residual, rope_table
+from maetok_fast.layers import (
+    Attention,
+    LayerNorm,
+    LayerScale,
+    Mlp,
+    PatchEmbed,
+    axial_frequencies,
+    drop_path,
+    grid_positions,
+    mixed_frequencies,
+    resample_grid,
+    unpatchify,
+)
+from maetok_fast.models._checks import check_dtype, check_tensor
+from maetok_fast.models.checkpoints import Pretrained
+
+__all__ = ["MAETok", "MAETokConfig", "ViTSize"]
+
+
+@dataclass(frozen=True)
+class ViTSize:
+    """Size of one ViT: width, number of blocks, heads and the MLP's width over the model's."""
+
+    dim: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp_ratio: float = 4.0
+
+    def __post_init__(self) -> None:
+        if min(self.dim, self.depth, self.heads) < 1 or self.dim % self.heads or (self.dim // self.heads) % 4:
+            raise ValueError(
+                f"ViTSize: dim {self.dim}, depth {self.depth}, heads {self.heads}: all must be positive and dim / heads "
+                "a multiple of 4 (2-D RoPE uses a quarter of head_dim per axis and half)"
+            )
+
+
+@dataclass(frozen=True)
+class MAETokConfig:
+    """Architecture of a MAETok tokenizer. The defaults are the public `maetok-b-128`: 256 px, 128 latents of width 32.
+
+    image_size: trained resolution in pixels, int or (height, width). patch: the encoder's, decoder_patch: the decoder's
+    (None: the same). num_latent_tokens: L, 0 for the image-token ablation. latent_dim: H. decoder_kind: "movqv2" or
+    "plain". position: "mixed" (learned RoPE frequencies), "axial" (fixed ones) or "absolute" (learned positions in the
+    decoder too). mask_token: whether the encoder can replace masked patches. latent_mean, latent_std: the scalars with
+    which the public generators normalise latents, (z - mean) / std; encode() does not apply them.
+    """
+
+    image_size: int | tuple[int, int] = 256
+    base_image_size: int = 256
+    patch: int = 16
+    decoder_patch: int | None = None
+    num_latent_tokens: int = 128
+    latent_dim: int = 32
+    encoder: ViTSize = field(default_factory=ViTSize)
+    decoder: ViTSize = field(default_factory=ViTSize)
+    decoder_kind: str = "movqv2"
+    decoder_cls_token: bool = False
+    position: str = "mixed"
+    rope_theta: float = 10.0
+    mask_token: bool = True
+    encoder_drop_path: float = 0.0
+    decoder_drop_path: float = 0.0
+    latent_mean: float = 0.0
+    latent_std: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.decoder_kind not in ("movqv2", "plain"):
+            raise ValueError(f"MAETokConfig: decoder_kind {self.decoder_kind!r} is not 'movqv2' or 'plain'")
+        if self.position not in ("mixed", "axial", "absolute"):
+            raise ValueError(f"MAETokConfig: position {self.position!r} is not 'mixed', 'axial' or 'absolute'")
+        if self.num_latent_tokens < 0 or self.latent_dim < 1 or self.patch < 1:
+            raise ValueError(
+                f"MAETokConfig: num_latent_tokens {self.num_latent_tokens} must be >= 0, latent_dim {self.latent_dim} "
+                f"and patch {self.patch} >= 1"
+            )
+        for patch in (self.patch, self.out_patch):
+            grid_of(self.size, patch, "MAETokConfig: image_size")
+        if self.num_latent_tokens == 0 and self.out_patch != self.patch:
+            raise ValueError("MAETokConfig: without latent tokens the decoder's patch must equal the encoder's")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Trained (height, width) in pixels."""
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else tuple(self.image_size)
+
+    @property
+    def out_patch(self) -> int:
+        return self.patch if self.decoder_patch is None else self.decoder_patch
+
+
+def grid_of(size: tuple[int, int], patch: int, what: str) -> tuple[int, int]:
+    """(height, width) in pixels -> (rows, columns) of patches; ValueError where the patch does not divide."""
+    height, width = size
+    if min(height, width) < patch or height % patch or width % patch:
+        raise ValueError(f"{what} {height}x{width} must be a positive multiple of the patch {patch} in both directions")
+    return height // patch, width // patch
+
+
+class Block(nn.Module):
+    """Plain ViT block: x += ls1 * attn(norm1 x); x += ls2 * mlp(norm2 x) (DINOv2's layout)."""
+
+    def __init__(self, size: ViTSize, latent_dim: int, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+        self.norm1 = LayerNorm(size.dim)
+        self.attn = Attention(size.dim, size.heads)
+        self.ls1 = LayerScale(size.dim)
+        self.norm2 = LayerNorm(size.dim)
+        self.mlp = Mlp(size.dim, int(size.dim * size.mlp_ratio))
+        self.ls2 = LayerScale(size.dim)
+
+    def forward(self, x: Tensor, rope: Tensor | None, prefix: int, latents: Tensor, keep: slice | None) -> Tensor:
+        """x (B, N, D); `keep`: the tokens to return (None: all). Keys and values always come from all tokens."""
+        first, count = _span(keep)
+        y = self.attn(self.norm1(x), rope, prefix=prefix, first_query=first, num_queries=count)
+        x = self.ls1(_take(x, keep), drop_path(y, self.rate, self.training))
+        return self.ls2(x, drop_path(self.mlp(self.norm2(x)), self.rate, self.training))
+
+
+class MoVQBlock(nn.Module):
+    """"movqv2" block: the last T tokens' norms are modulated by the raw latents (B, T, H), the other tokens' are plain."""
+
+    def __init__(self, size: ViTSize, latent_dim: int, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+        self.norm1 = LayerNorm(size.dim, affine=False)
+        self.attn = Attention(size.dim, size.heads)
+        self.norm2 = LayerNorm(size.dim, affine=False)
+        self.mlp = Mlp(size.dim, int(size.dim * size.mlp_ratio))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(latent_dim, 4 * size.dim))
+
+    def forward(self, x: Tensor, rope: Tensor | None, prefix: int, latents: Tensor, keep: slice | None) -> Tensor:
+        shift_msa, scale_msa, shift_mlp, scale_mlp = self.adaLN_modulation(latents).chunk(4, dim=-1)
+        first, count = _span(keep)
+        y = self.norm1(x, shift_msa, scale_msa, offset=0.0)
+        y = self.attn(y, rope, prefix=prefix, first_query=first, num_queries=count)
+        tokens = x.shape[1]
+        x = _take(x, keep) + drop_path(y, self.rate, self.training)
+        modulated = keep is None or keep.stop == tokens
+        y = self.norm2(x, shift_mlp, scale_mlp, offset=0.0) if modulated else self.norm2(x)
+        return x + drop_path(self.mlp(y), self.rate, self.training)
+
+
+class MoVQNorm(nn.Module):
+    """Final norm of the movqv2 decoder: no affine; the last T tokens are modulated by the raw latents (B, T, H)."""
+
+    def __init__(self, dim: int, latent_dim: int) -> None:
+        super().__init__()
+        self.norm = LayerNorm(dim, affine=False)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(latent_dim, 2 * dim))
+
+    def forward(self, x: Tensor, latents: Tensor | None) -> Tensor:
+        """`latents` None: x holds no modulated token, the norm is plain."""
+        if latents is None:
+            return self.norm(x)
+        shift, scale = self.adaLN_modulation(latents).chunk(2, dim=-1)
+        return self.norm(x, shift, scale, offset=0.0)
+
+
+def _span(keep: slice | None) -> tuple[int, int | None]:
+    return (0, None) if keep is None else (keep.start, keep.stop - keep.start)
+
+
+def _take(x: Tensor, keep: slice | None) -> Tensor:
+    return x if keep is None else x[:, keep]
+
+
+class ViT(nn.Module):
+    """The parameters that timm's ViT holds under `model.`: patch_embed, cls_token, pos_embed, blocks, norm."""
+
+    def __init__(self, size: ViTSize, grid: tuple[int, int], patch: int, movq_dim: int, cls_token: bool, rate: float):
+        super().__init__()
+        self.grid = grid
+        # movq_dim > 0: a movqv2 decoder over latents of that width
+        block = MoVQBlock if movq_dim else Block
+        self.patch_embed = PatchEmbed(3, size.dim, patch)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, size.dim)) if cls_token else None
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + grid[0] * grid[1], size.dim))
+        rates = [rate * i / max(size.depth - 1, 1) for i in range(size.depth)]
+        self.blocks = nn.ModuleList([block(size, movq_dim, r) for r in rates])
+        self.norm = MoVQNorm(size.dim, movq_dim) if movq_dim else LayerNorm(size.dim)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        if self.cls_token is not None:
+            nn.init.normal_(self.cls_token, std=1e-6)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, (MoVQBlock, MoVQNorm)):
+                nn.init.zeros_(module.adaLN_modulation[1].weight)
+
+    def embed_positions(self, x: Tensor, grid: tuple[int, int], absolute: bool) -> Tensor:
+        """Image tokens (B, N, D) -> [cls? | tokens], plus the learned positions of `grid` if `absolute`."""
+        pos = None
+        if absolute:
+            pos = resample_grid(self.pos_embed[:, 1:], self.grid, grid)
+            x = x + pos
+        if self.cls_token is None:
+            return x
+        cls = self.cls_token + self.pos_embed[:, :1] if absolute else self.cls_token
+        return torch.cat([cls.expand(x.shape[0], -1, -1), x], dim=1)
+
+
+class _Half(nn.Module):
+    """What encoder and decoder share: a ViT and its RoPE. Tables are made for the grid at hand, all layers at once."""
+
+    def __init__(self, config: MAETokConfig, size: ViTSize, patch: int) -> None:
+        super().__init__()
+        self.position, self.theta, self.patch, self.heads = config.position, config.rope_theta, patch, size.heads
+        self.half_dims = size.dim // size.heads // 4
+        self.num_latent_tokens = config.num_latent_tokens
+        if config.position == "mixed":
+            self.freqs = nn.Parameter(mixed_frequencies(size.depth, size.heads, size.dim // size.heads, self.theta))
+            # the public checkpoints hold the base grid's positions; kept for their loaders, never read here
+            side = (config.base_image_size // patch,) * 2
+            x, y = grid_positions(side).unbind(1)
+            self.register_buffer("freqs_t_x", x.clone())
+            self.register_buffer("freqs_t_y", y.clone())
+
+    def rope(self, grid: tuple[int, int]) -> list[Tensor] | list[None]:
+        """One table (2, heads or 1, N, head_dim / 2) per block for the grid (rows, columns); None where unused."""
+        depth = len(self.model.blocks)
+        if self.position == "absolute":
+            return [None] * depth
+        device = self.model.pos_embed.device
+        pos = grid_positions(grid, device)
+        if self.position == "axial":
+            return [rope_table(axial_frequencies(self.half_dims, self.theta, "x").to(device), pos)] * depth
+        freqs = self.freqs.view(2, depth, self.heads, -1)
+        if freqs.dtype in (torch.float16, torch.bfloat16):
+            freqs = freqs.float()
+        return list(rope_table(freqs, pos).unbind(0))
+
+
+class Encoder(_Half):
+    def __init__(self, config: MAETokConfig) -> None:
+        super().__init__(config, config.encoder, config.patch)
+        dim, count = config.encoder.dim, config.num_latent_tokens
+        grid = grid_of(config.size, config.patch, "image_size")
+        self.model = ViT(config.encoder, grid, config.patch, 0, True, config.encoder_drop_path)
+        if count:
+            self.latent_tokens = nn.Parameter(torch.randn(1, count, dim) * 0.02)
+            self.latent_pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, count, dim), std=0.02))
+        self.mask_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02) if config.mask_token else None
+
+    def embed(self, images: Tensor, mask: Tensor | None) -> Tensor:
+        """images -> the sequence [cls | N patches | L latents] (B, 1 + N + L, D) before the blocks."""
+        grid = images.shape[2] // self.patch, images.shape[3] // self.patch
+        x = self.model.patch_embed(images)
+        if mask is not None:
+            x = torch.where(mask.unsqueeze(-1), self.mask_token, x)
+        x = self.model.embed_positions(x, grid, absolute=True)
+        if self.num_latent_tokens:
+            z = self.latent_tokens + self.latent_pos_embed
+            x = torch.cat([x, z.expand(x.shape[0], -1, -1)], dim=1)
+        return x
+
+    def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
+        """images -> (B, L, D), or (B, N, D) without latent tokens."""
+        x = self.embed(images, mask)
+        tables = self.rope((images.shape[2] // self.patch, images.shape[3] // self.patch))
+        # only these tokens leave the encoder: the last block's queries, projection and MLP of all others are never read
+        keep = slice(x.shape[1] - self.num_latent_tokens if self.num_latent_tokens else 1, x.shape[1])
+        last = len(tables) - 1
+        for i, (block, rope) in enumerate(zip(self.model.blocks, tables)):
+            x = block(x, rope, 1, x, keep if i == last else None)
+        return self.model.norm(x)
+
+
+class Decoder(_Half):
+    def __init__(self, config: MAETokConfig) -> None:
+        super().__init__(config, config.decoder, config.out_patch)
+        dim = config.decoder.dim
+        self.movq = config.decoder_kind == "movqv2"
+        grid = grid_of(config.size, self.patch, "image_size")
+        self.model = ViT(
+            config.decoder,
+            grid,
+            self.patch,
+            config.latent_dim if self.movq else 0,
+            config.decoder_cls_token,
+            config.decoder_drop_path,
+        )
+        self.mask_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
+        shape = (1, config.num_latent_tokens, dim)
+        self.latent_pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(shape), std=0.02))
+        self.to_pixel = ToPixel(dim, self.patch)
+
+    @property
+    def prefix(self) -> int:
+        """Number of tokens before the image tokens: 1 with a cls token."""
+        return 0 if self.model.cls_token is None else 1
+
+    def embed(self, z: Tensor, grid: tuple[int, int]) -> Tensor:
+        """z (B, L or N, D) -> the sequence [cls? | N image tokens | L latents] before the blocks."""
+        x = z
+        if self.num_latent_tokens:
+            x = self.mask_token.expand(z.shape[0], grid[0] * grid[1], -1)
+        x = self.model.embed_positions(x, grid, absolute=self.position == "absolute")
+        if self.num_latent_tokens:
+            x = torch.cat([x, z + self.latent_pos_embed], dim=1)
+        return x
+
+    def forward(self, z: Tensor, latents: Tensor, grid: tuple[int, int]) -> Tensor:
+        """z = post_quant_conv(latents) (B, T, D), latents (B, T, H), grid (rows, columns) -> images (B, 3, H, W)."""
+        x = self.embed(z, grid)
+        prefix = self.prefix
+        keep = slice(prefix, prefix + grid[0] * grid[1])
+        tables = self.rope(grid)
+        last = len(tables) - 1
+        for i, (block, rope) in enumerate(zip(self.model.blocks, tables)):
+            x = block(x, rope, prefix, latents, keep if i == last else None)
+        return self.head(x, latents, grid)
+
+    def head(self, x: Tensor, latents: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Image tokens (B, N, D) -> images. Without latent tokens the image tokens are the modulated ones."""
+        x = self.model.norm(x, None if self.num_latent_tokens else latents) if self.movq else self.model.norm(x)
+        return unpatchify(self.to_pixel(x), grid, self.patch)
+
+
+class ToPixel(nn.Module):
+    """One Linear from a token (B, N, D) to its patch's pixels (B, N, p*p*3), order (row, column, channel)."""
+
+    def __init__(self, dim: int, patch: int) -> None:
+        super().__init__()
+        self.model = nn.Linear(dim, 3 * patch * patch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+
+class MAETok(Pretrained, nn.Module):
+    """The tokenizer. `encode`, `decode`, and `forward` = decode(encode) for training. See the module's drawing.
+
+    `MAETok.from_pretrained`, `save_pretrained` and `push_to_hub` read and write the public layout
+    (`maetok_fast.models.checkpoints`).
+    """
+
+    config_class = MAETokConfig
+
+    def __init__(self, config: MAETokConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = MAETokConfig() if config is None else config
+        self.encoder = Encoder(config)
+        self.quant_conv = nn.Linear(config.encoder.dim, config.latent_dim)
+        self.post_quant_conv = nn.Linear(config.latent_dim, config.decoder.dim)
+        self.decoder = Decoder(config)
+
+    def encode(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
+        """images (B, 3, H, W) in [-1, 1], RGB, the model's dtype -> latents (B, L, H); (B, N, H) if L = 0.
+
+        H and W: any multiples of the patch. mask (B, N) bool, True = replaced by the mask token, row-major patches.
+        ValueError or TypeError name what was given and what was expected. Latents are not normalised.
+        """
+        check_tensor("images", images, ("B", 3, "H", "W"))
+        check_dtype("images", images, self.quant_conv.weight)
+        rows, columns = grid_of((images.shape[2], images.shape[3]), self.config.patch, "images of")
+        if mask is not None:
+            check_tensor("mask", mask, (images.shape[0], rows * columns))
+            if mask.dtype != torch.bool:
+                raise TypeError(f"mask: expected torch.bool (True = masked), got {mask.dtype}; use mask.bool()")
+            if self.encoder.mask_token is None:
+                raise ValueError("mask: this model has no mask token (MAETokConfig.mask_token is False)")
+        return self.quant_conv(self.encoder(images, mask))
+
+    def decode(self, latents: Tensor, size: int | tuple[int, int] | None = None) -> Tensor:
+        """latents (B, L, H) -> images (B, 3, height, width), about [-1, 1], not clamped.
+
+        size: output int or (height, width) in pixels, a multiple of the patch; None: the trained resolution, and for
+        L = 0 a square if N is one. latents may be unnormalised encoder outputs only: undo (z - mean) / std first.
+        """
+        config = self.config
+        if size is None:
+            size = config.size
+            if config.num_latent_tokens == 0 and isinstance(latents, Tensor) and latents.ndim == 3:
+                side = math.isqrt(latents.shape[1])
+                if side * side == latents.shape[1]:
+                    size = side * config.patch
+        height_width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+        grid = grid_of(height_width, config.out_patch, "size")
+        tokens = config.num_latent_tokens or grid[0] * grid[1]
+        check_tensor("latents", latents, ("B", tokens, config.latent_dim))
+        check_dtype("latents", latents, self.quant_conv.weight)
+        return self.decoder(self.post_quant_conv(latents), latents, grid)
+
+    def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Reconstruction (B, 3, H, W) of images (B, 3, H, W); `mask` as in `encode`."""
+        latents = self.encode(images, mask)
+        return self.decode(latents, (images.shape[2], images.shape[3]))
