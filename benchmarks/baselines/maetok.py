@@ -16,12 +16,12 @@ from baselines import attend
 from baselines.sit import Mlp
 
 
-def rotations(freqs: Tensor, rows: int, columns: int) -> Tensor:
+def rotations(freqs: Tensor, heads: int, rows: int, columns: int) -> Tensor:
     """freqs (2, depth, heads * head_dim/2) -> complex (depth, 1, heads, N, head_dim/2); x is the column."""
     index = torch.arange(rows * columns, device=freqs.device, dtype=torch.float32)
     x, y = index % columns, torch.div(index, columns, rounding_mode="floor")
     angles = x[:, None] * freqs[0].float()[:, None] + y[:, None] * freqs[1].float()[:, None]
-    angles = angles.unflatten(-1, (-1, 32)).transpose(1, 2)
+    angles = angles.unflatten(-1, (heads, -1)).transpose(1, 2)
     return torch.polar(torch.ones_like(angles), angles).unsqueeze(1)
 
 
@@ -125,6 +125,7 @@ class PatchEmbed(nn.Module):
 class Encoder(nn.Module):
     def __init__(self, size: int, latents: int, dim: int, depth: int, heads: int, patch: int) -> None:
         super().__init__()
+        self.heads = heads
         self.latent_tokens = nn.Parameter(torch.zeros(1, latents, dim))
         self.latent_pos_embed = nn.Parameter(torch.zeros(1, latents, dim))
         self.freqs = nn.Parameter(torch.zeros(2, depth, dim // 2))
@@ -139,7 +140,7 @@ class Encoder(nn.Module):
         x = self.model.patch_embed(images)
         x = torch.cat([self.model.cls_token.expand(len(x), -1, -1), x], dim=1) + self.model.pos_embed
         x = torch.cat([x, (self.latent_tokens + self.latent_pos_embed).expand(len(x), -1, -1)], dim=1)
-        rotation = rotations(self.freqs, images.shape[-2] // patch, images.shape[-1] // patch)
+        rotation = rotations(self.freqs, self.heads, images.shape[-2] // patch, images.shape[-1] // patch)
         return self.model(x, rotation, 1)[:, -self.latent_tokens.shape[1] :]
 
 
@@ -160,7 +161,7 @@ class Decoder(nn.Module):
         self, size: int, latents: int, width: int, dim: int, depth: int, heads: int, patch: int, movq: bool, cls: bool
     ) -> None:
         super().__init__()
-        self.side = size // patch
+        self.side, self.heads = size // patch, heads
         self.movq = movq
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.latent_pos_embed = nn.Parameter(torch.zeros(1, latents, dim))
@@ -177,7 +178,7 @@ class Decoder(nn.Module):
         if hasattr(self.model, "cls_token"):
             x, prefix = torch.cat([self.model.cls_token.expand(batch, -1, -1), x], dim=1), 1
         x = torch.cat([x, tokens + self.latent_pos_embed], dim=1)
-        rotation = rotations(self.freqs, self.side, self.side)
+        rotation = rotations(self.freqs, self.heads, self.side, self.side)
         x = self.model(x, rotation, prefix, latents if self.movq else None)
         return self.to_pixel(x[:, prefix : prefix + image_tokens], self.side, self.side)
 
