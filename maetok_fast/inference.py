@@ -35,7 +35,8 @@ from maetok_fast.kernels import rope_attention
 from maetok_fast.kernels.linear import PackedLinear
 from maetok_fast.layers import Mlp, SwiGLU, TimestepEmbedder
 from maetok_fast.models.sit import DiffusionTransformer, Modulations
-from maetok_fast.models.tokenizer import Block, Decoder, Encoder, MAETok, MoVQBlock
+from maetok_fast.models.tokenizer import Decoder, Encoder, MAETok
+from maetok_fast.models.vit import Block, MoVQBlock
 from maetok_fast.precision import Precision, resolve
 
 __all__ = ["Plan", "PreparedGenerator", "PreparedTokenizer", "prepare"]

@@ -1,0 +1,230 @@
+"""Prepared models against plain PyTorch, eager and compiled, in one interleaved run.
+
+    python benchmarks/models.py sit --batch 1 4 16      SiT-XL/1, 128 tokens: one forward, and one step of a plan
+    python benchmarks/models.py tokenizer --batch 4     MAETok-B: encode, decode
+    python benchmarks/models.py linear                  packed linear layers at both models' shapes
+
+Every peer computes the same outputs from the same weights; medians, the peers in turn, and the GEMM ceiling of the same
+run beside them. `--json FILE` writes the numbers with the machine's description.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from _machine import DTYPES, ceilings, describe, headline
+from _timing import interleave
+from baselines import load_needed
+from baselines.maetok import MAETok as PlainMAETok
+from baselines.sit import SiT as PlainSiT
+
+Cases = dict[str, Callable[[], Any]]
+Row = dict[str, Any]
+# model -> tokens per image, (layer, in, out)
+LINEAR_SHAPES = {
+    "sit-xl": (128, [("qkv", 1152, 3456), ("proj", 1152, 1152), ("fc1", 1152, 4608), ("fc2", 4608, 1152)]),
+    "maetok-b 256": (385, [("qkv", 768, 2304), ("proj", 768, 768), ("fc1", 768, 3072), ("fc2", 3072, 768)]),
+    "maetok-b 512": (1153, [("qkv", 768, 2304), ("proj", 768, 768), ("fc1", 768, 3072), ("fc2", 3072, 768)]),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["sit", "tokenizer", "linear"])
+    parser.add_argument("--batch", type=int, nargs="+", default=[4])
+    parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--size", type=int, default=256, help="image size of the tokenizer")
+    parser.add_argument("--depth", type=int, help="fewer blocks, for a quick look")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--seconds", type=float, default=40.0, help="time per table")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile's rows out")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    device = torch.device(args.device)
+    machine = describe(device) | ceilings(device, [args.dtype])
+    ceiling = machine[f"gemm_{args.dtype}_tflops"]
+    print(
+        f"{headline(machine)}; 4096^3 {args.dtype} matmul {ceiling:.2f} TFLOP/s, copy {machine['copy_gb_s']:.1f} GB/s"
+    )
+    rows: list[Row] = []
+    with torch.no_grad():
+        for title, gmacs, cases in {"sit": sit, "tokenizer": tokenizer, "linear": linear}[args.what](args, device):
+            timings = interleave(cases, device, seconds=args.seconds, rounds=args.rounds, once=60.0)
+            print(f"\n{title}" + (f"   ({gmacs:.1f} GMAC)" if gmacs else ""))
+            first = next(iter(timings.values())).seconds
+            for name, timing in timings.items():
+                rate = 2e-3 * gmacs / timing.seconds
+                row = {"table": title, "case": name, "seconds": timing.seconds, "samples": timing.samples}
+                row |= {"of_first": timing.seconds / first, "tflops": rate, "of_ceiling": rate / ceiling}
+                rows.append(row)
+                print(
+                    f"  {name:34s} {timing.seconds * 1e3:9.2f} ms   {row['of_first']:5.2f} x   "
+                    f"{rate:5.2f} TFLOP/s   {100 * row['of_ceiling']:4.0f} % of the ceiling   n={timing.samples}",
+                    flush=True,
+                )
+    if args.json:
+        args.json.write_text(
+            json.dumps({"machine": machine, "arguments": vars(args), "rows": rows}, indent=1, default=str)
+        )
+
+
+def compiled(fn: Callable[..., Any], freezing: bool) -> Callable[..., Any]:
+    """torch.compile of fn, with constant weights (packed by Inductor) when `freezing`; the flag holds while it compiles."""
+    made = torch.compile(fn, dynamic=False)
+
+    def call(*inputs: Any) -> Any:
+        with torch._inductor.config.patch(freezing=freezing):
+            return made(*inputs)
+
+    return call
+
+
+def peers(plain: Callable[..., Any], inputs: tuple[Any, ...], compile_: bool) -> Cases:
+    cases: Cases = {"plain torch, eager": lambda: plain(*inputs)}
+    if compile_:
+        torch._dynamo.reset()
+        for name, freezing in [("torch.compile", False), ("torch.compile + freezing", True)]:
+            fast = compiled(plain, freezing)
+            cases[name] = lambda fast=fast: fast(*inputs)
+    return cases
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    """Zero-initialised gates would hide branches from a check of the outputs."""
+    for p in model.parameters():
+        if p.requires_grad and not p.any():
+            p.normal_(0, 0.02)
+    return model.eval()
+
+
+def check_same(name: str, got: Tensor, want: Tensor) -> None:
+    """A benchmark of two different computations is worth nothing."""
+    error = ((got.double() - want.double()).norm() / want.double().norm()).item()
+    if not error < 0.05:
+        raise SystemExit(f"{name}: outputs differ from plain torch's by {error:.3f} in relative norm")
+
+
+def sit(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, float, Cases]]:
+    from maetok_fast.inference import prepare
+    from maetok_fast.models import SiT, SiTConfig
+
+    dtype = DTYPES[args.dtype]
+    config = SiTConfig(**({} if args.depth is None else {"depth": args.depth}))
+    ours = randomised(SiT(config)).to(device, dtype)
+    plain = PlainSiT((128, 32), depth=config.depth, attention="sdpa").to(device, dtype).eval()
+    load_needed(plain, ours.state_dict(), assign=True)
+    fast = prepare(ours, dtype)
+    tokens, dim = 128, config.dim
+    block = tokens * 12 * dim * dim + 2 * tokens * tokens * dim
+    for batch in args.batch:
+        x = torch.randn(batch, tokens, 32, device=device, dtype=dtype)
+        t, y = torch.full((batch,), 0.5, device=device), torch.randint(0, 1000, (batch,), device=device)
+        plan = fast.plan(torch.linspace(1, 0, 9)[:-1], y)
+        ahead = plan_ahead(fast, y)
+        check_same("SiT", fast(x, t, y), plain(x, t, y))
+        cases = peers(plain, (x, t, y), not args.no_compile)
+        cases["ours, as a module"] = lambda x=x, t=t, y=y: ours(x, t, y)
+        cases["ours, prepared"] = lambda x=x, t=t, y=y: fast(x, t, y)
+        cases["ours, prepared, step of a plan"] = lambda x=x, plan=plan: fast.step(plan, 4, x)
+        cases["  modulations of 8 steps ahead"] = ahead
+        gmacs = batch * (config.depth * (block + 6 * dim * dim)) / 1e9
+        yield f"SiT-XL/1, 128 tokens, depth {config.depth}, batch {batch}, {args.dtype}", gmacs, cases
+
+
+def plan_ahead(fast: Any, y: Tensor) -> Callable[[], Any]:
+    """What a plan costs before its first step: the modulations of 8 steps at once."""
+    ts = torch.linspace(1, 0, 9, device=y.device)[:-1].repeat_interleave(len(y))
+    labels = y.repeat(8)
+    return lambda: fast.model.modulations(fast.model.condition(ts, labels))
+
+
+def tokenizer(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, float, Cases]]:
+    from maetok_fast.inference import prepare
+    from maetok_fast.models import MAETok, MAETokConfig
+
+    dtype = DTYPES[args.dtype]
+    for kind in ("movqv2", "plain"):
+        ours = randomised(MAETok(MAETokConfig(image_size=args.size, decoder_kind=kind))).to(device, dtype)
+        for name, p in ours.named_parameters():
+            if name.endswith("gamma"):
+                p.uniform_(0.5, 1.0)
+        plain = PlainMAETok(args.size, movq=kind == "movqv2").to(device, dtype).eval()
+        load_needed(plain, ours.state_dict(), assign=True)
+        fast = prepare(ours, dtype)
+        patches, dim = (args.size // 16) ** 2, 768
+        for batch in args.batch:
+            images = torch.rand(batch, 3, args.size, args.size, device=device, dtype=dtype) * 2 - 1
+            latents = plain.encode(images)
+            check_same("encode", fast.encode(images), latents)
+            check_same("decode", fast.decode(latents, args.size), plain.decode(latents))
+            halves = (
+                [("encode", images, patches + 129, plain.encode, ours.encode, fast.encode)] if kind == "plain" else []
+            )
+            halves.append((f"decode ({kind})", latents, patches + 128, plain.decode, ours.decode, fast.decode))
+            for name, value, tokens, plain_fn, module_fn, fast_fn in halves:
+                cases = peers(plain_fn, (value,), not args.no_compile)
+                cases["ours, as a module"] = lambda fn=module_fn, value=value: fn(value)
+                cases["ours, prepared"] = lambda fn=fast_fn, value=value: fn(value)
+                macs = 12 * (tokens * 12 * dim * dim + 2 * tokens * tokens * dim) + patches * dim * dim
+                yield f"MAETok-B, {args.size} px, {name}, batch {batch}, {args.dtype}", batch * macs / 1e9, cases
+
+
+def linear(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, float, Cases]]:
+    from maetok_fast.kernels.linear import PackedLinear
+
+    dtype = DTYPES[args.dtype]
+    for model, (tokens, shapes) in LINEAR_SHAPES.items():
+        act = "gelu_tanh" if model == "sit-xl" else "gelu"
+        for batch in args.batch:
+            for name, inner, outer in shapes:
+                yield linear_cases(args, batch * tokens, inner, outer, name, act, dtype, device, PackedLinear)
+    for rows in (1, 4, 16, 64, 512):
+        yield linear_cases(args, rows, 1152, 6912, "adaLN", "none", dtype, device, PackedLinear)
+
+
+def linear_cases(
+    args: argparse.Namespace,
+    rows: int,
+    inner: int,
+    outer: int,
+    name: str,
+    act: str,
+    dtype: Any,
+    device: Any,
+    packed: Any,
+) -> tuple[str, float, Cases]:
+    # Several weights in turn: a model never finds one layer's weights in the cache of the layer before.
+    layers = [nn.Linear(inner, outer, device=device, dtype=dtype) for _ in range(4)]
+    x = torch.randn(rows, inner, device=device, dtype=dtype)
+    act = act if name == "fc1" else "none"
+    approximate = "tanh" if act == "gelu_tanh" else "none"
+
+    def plain(x: Tensor, i: int) -> Tensor:
+        y = F.linear(x, layers[i].weight, layers[i].bias)
+        return F.gelu(y, approximate=approximate) if act != "none" else y
+
+    def all_plain(x: Tensor) -> list[Tensor]:
+        return [plain(x, i) for i in range(4)]
+
+    fast = [packed.of(layer, act) for layer in layers]
+    cases = peers(all_plain, (x,), not args.no_compile)
+    cases["ours, packed"] = lambda: [f(x) for f in fast]
+    suffix = f" + {act}" if act != "none" else ""
+    return f"4 x {name}{suffix}: ({rows}, {inner}) -> {outer}, {args.dtype}", 4 * rows * inner * outer / 1e9, cases
+
+
+if __name__ == "__main__":
+    main()

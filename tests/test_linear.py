@@ -1,0 +1,107 @@
+"""PackedLinear against fp64, by the correctness rule: err <= 2 * err(plain torch in the same dtype) + 2 ulp."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from maetok_fast.kernels import _native
+from maetok_fast.kernels.linear import ACTIVATIONS, PackedLinear, why_not_packed
+
+CPU = torch.device("cpu")
+
+
+def ulps(dtype: torch.dtype, size: float, count: int = 2) -> float:
+    return count * torch.finfo(dtype).eps * size
+
+
+def assert_rule(got: Tensor, plain: Tensor, exact: Tensor) -> None:
+    """The rule on the largest error of the whole tensor."""
+    assert got.dtype == plain.dtype and got.shape == exact.shape
+    ours, theirs = ((y.double() - exact).abs().max().item() for y in (got, plain))
+    assert ours <= 2 * theirs + ulps(got.dtype, exact.abs().max().item()), f"error {ours:.3g}, plain torch's {theirs:.3g}"
+
+
+def layer(inner: int, outer: int, bias: bool = True) -> nn.Linear:
+    made = nn.Linear(inner, outer, bias=bias)
+    made.weight.data *= 3
+    return made
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("pack", [True, False], ids=["packed", "dense"])
+def test_value(activation: str, dtype: torch.dtype, pack: bool) -> None:
+    plain = layer(72, 200)
+    packed = PackedLinear.of(plain, activation, dtype=dtype, pack=pack)
+    assert packed.backend == ("packed" if pack and why_not_packed(dtype, CPU) is None else "dense")
+    plain = plain.to(dtype)
+    act = ACTIVATIONS[activation][0]
+    for shape in [(72,), (1, 72), (3, 5, 72), (0, 72), (130, 72)]:
+        x = torch.randn(shape).to(dtype)
+        exact = act(nn.functional.linear(x.double(), plain.weight.double(), plain.bias.double()))
+        if exact.numel():
+            assert_rule(packed(x), act(plain(x)), exact)
+        else:
+            assert packed(x).shape == exact.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", ["none", "gelu_tanh"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_partner(dtype: torch.dtype, activation: str, bias: bool) -> None:
+    plain = layer(64, 96, bias)
+    packed = PackedLinear.of(plain, activation, dtype=dtype)
+    plain = plain.to(dtype)
+    act = ACTIVATIONS[activation][0]
+    x, other = torch.randn(2, 7, 64).to(dtype), torch.randn(2, 9, 96).to(dtype)[:, 1:8]
+    bias64 = plain.bias.double() if bias else None
+    exact = act(nn.functional.linear(x.double(), plain.weight.double(), bias64))
+    before = other.clone()
+    assert_rule(packed(x, add=other), other + act(plain(x)), other.double() + exact)
+    assert_rule(packed(x, mul=other), other * act(plain(x)), other.double() * exact)
+    assert torch.equal(other, before)
+
+
+def test_input_with_odd_strides() -> None:
+    packed = PackedLinear.of(layer(64, 64), dtype=torch.bfloat16)
+    x = torch.randn(5, 9, 128).bfloat16()
+    for view in (x[:, ::2, 10:74], x[..., ::2], x[:, :, :64].transpose(0, 1), x[:1, :, :64].expand(4, -1, -1)):
+        assert torch.equal(packed(view), packed(view.contiguous()))
+
+
+@pytest.mark.skipif(_native.why_missing() is not None, reason="native library missing")
+@pytest.mark.parametrize("kind, activation", [(0, "gelu_tanh"), (1, "silu")])
+def test_native_activation_on_every_bf16_value(kind: int, activation: str) -> None:
+    x = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
+    got = x.clone()
+    _native.lib().activation_bf16(got, kind)
+    assert got[x.isnan()].isnan().all()
+    assert got[x == float("inf")].item() == float("inf")
+    finite = x.isfinite()
+    v = x[finite].double()
+    # the same formula without the cancellation of 1 + tanh
+    exact = v * torch.sigmoid(v if activation == "silu" else 2 * (2 / torch.pi) ** 0.5 * (v + 0.044715 * v**3))
+    # one rounding of a value good to 1/800 of half a step, 2^-8 of the value at most; below the normal range of fp32 anything tiny will do
+    error = (got[finite].double() - exact).abs()
+    assert (error <= exact.abs() * 2**-8 * 1.01 + 1e-32).all()
+
+
+def test_native_activation_refuses_other_dtypes() -> None:
+    if _native.why_missing() is not None:
+        pytest.skip("native library missing")
+    with pytest.raises(TypeError, match="bfloat16"):
+        _native.lib().activation_bf16(torch.zeros(4), 0)
+    with pytest.raises(ValueError, match="kind"):
+        _native.lib().activation_bf16(torch.zeros(4, dtype=torch.bfloat16), 2)
+
+
+def test_errors_and_why() -> None:
+    with pytest.raises(ValueError, match="unknown activation 'tanh'"):
+        PackedLinear(torch.zeros(4, 4), activation="tanh")
+    with pytest.raises(ValueError, match=r"\(4, 4\)"):
+        PackedLinear(torch.zeros(4, 4), torch.zeros(3))
+    assert "cuda" in str(why_not_packed(torch.bfloat16, torch.device("cuda")))
+    assert "float64" in str(why_not_packed(torch.float64, CPU))
+    assert "dense" in repr(PackedLinear(torch.zeros(4, 4), dtype=torch.float64))
