@@ -1,0 +1,112 @@
+"""What the machine is, and how fast it can be: a description, a matmul per dtype and the copy bandwidth.
+
+Every benchmark writes these beside its numbers: an img/s means little without the ceiling measured in the same run.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for queued work, so that a clock read after it means something."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Processor, memory, software; nothing that identifies the machine's owner."""
+    info: dict[str, Any] = {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "cpu_features": [f for f in _CPU_FEATURES if f in _cpu_flags()],
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gb": _memory_gb("MemTotal"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": device.type,
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        info |= {
+            "gpu": properties.name,
+            "gpu_memory_gb": round(properties.total_memory / 2**30, 1),
+            "gpu_sms": properties.multi_processor_count,
+            "gpu_capability": f"{properties.major}.{properties.minor}",
+            "cuda": torch.version.cuda,
+        }
+    return info
+
+
+def headline(machine: dict[str, Any]) -> str:
+    """One line for pictures and tables."""
+    if "gpu" in machine:
+        return f"{machine['gpu']}, torch {machine['torch']}, CUDA {machine['cuda']}"
+    features = " with AMX" if "amx_bf16" in machine["cpu_features"] else ""
+    return f"{machine['cores']} CPU cores ({machine['cpu']}{features}), torch {machine['torch']}"
+
+
+def matmul(device: torch.device, dtype: str, size: int = 4096) -> tuple[Callable[[], Any], float]:
+    """A size^3 matmul to time and its FLOPs: what the machine can do at best."""
+    a, b = (torch.randn(size, size, device=device).to(DTYPES[dtype]) for _ in range(2))
+    out = torch.empty_like(a)
+    return lambda: torch.mm(a, b, out=out), 2.0 * size**3
+
+
+def copy_bandwidth(device: torch.device, *, megabytes: int = 256, seconds: float = 0.5) -> float:
+    """GB/s read + written by a copy that no cache holds; the median of at least three."""
+    source = torch.ones(megabytes * 2**18, device=device)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    samples: list[float] = []
+    stop = time.perf_counter() + seconds
+    while len(samples) < 3 or time.perf_counter() < stop:
+        synchronize(device)
+        start = time.perf_counter()
+        target.copy_(source)
+        synchronize(device)
+        samples.append(time.perf_counter() - start)
+    return 2 * source.nbytes / statistics.median(samples) / 1e9
+
+
+def available_memory_gb() -> float | None:
+    """Free main memory, where the system says so."""
+    return _memory_gb("MemAvailable")
+
+
+def _proc(path: str) -> dict[str, str]:
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError:
+        return {}
+    fields: dict[str, str] = {}
+    for line in lines:
+        key, _, value = line.partition(":")
+        fields.setdefault(key.strip(), value.strip())
+    return fields
+
+
+def _cpu_name() -> str:
+    return _proc("/proc/cpuinfo").get("model name") or platform.processor() or "unknown CPU"
+
+
+def _cpu_flags() -> set[str]:
+    fields = _proc("/proc/cpuinfo")
+    return set((fields.get("flags") or fields.get("Features") or "").split())
+
+
+def _memory_gb(field: str) -> float | None:
+    value = _proc("/proc/meminfo").get(field)
+    return round(int(value.split()[0]) / 2**20, 1) if value else None

@@ -1,0 +1,229 @@
+"""What a run leaves behind: the printed table, the bar chart, the contact sheet and the JSON file.
+
+Marks: a bare number was measured in this run; † was computed from measured parts or counts; ‡ is cited.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from _claims import CITED, COMPUTED, MEASURED, Claim, Factor
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+SIGNS = {MEASURED: "", COMPUTED: "†", CITED: "‡"}
+_COLOURS = {"public": "#9aa5b1", "compiled": "#5b8db8", "ours": "#d1495b"}
+_MARK_COLOURS = {MEASURED: "#2e7d5b", COMPUTED: "#c9a227", CITED: "#b0b7bf"}
+
+
+@dataclass(frozen=True)
+class Value:
+    """A number, its unit and how it is known; `samples` timed calls behind it, `batch` images in each."""
+
+    value: float
+    unit: str
+    mark: str = MEASURED
+    samples: int | None = None
+    batch: int | None = None
+    note: str = ""
+
+    def text(self) -> str:
+        return f"{number(self.value)}{SIGNS[self.mark]}"
+
+
+@dataclass
+class Row:
+    """One configuration and what is known of it, by column name."""
+
+    key: str
+    label: str
+    tokens: int
+    dtype: str
+    style: str  # public | compiled | ours
+    values: dict[str, Value] = field(default_factory=dict)
+
+    def get(self, name: str) -> float | None:
+        value = self.values.get(name)
+        return None if value is None else value.value
+
+
+# column -> heading; the values' units are in the headings
+COLUMNS = {
+    "gflops": "GFLOPs\n/img",
+    "step": "guided step\nms/img",
+    "gemm": "of GEMM\nrate, %",
+    "sample": "sample\nimg/s",
+    "train": "train\nimg/s",
+    "encode": "encode\nimg/s",
+    "decode": "decode\nimg/s",
+    "memory_sample": "peak GB\nsampling",
+    "memory_train": "peak GB\ntraining",
+}
+
+
+def number(value: float) -> str:
+    """Three significant digits without exponents."""
+    if value == 0 or abs(value) >= 100:
+        return f"{value:,.0f}"
+    digits = max(0, 2 - int(np.floor(np.log10(abs(value)))))
+    return f"{value:.{digits}f}"
+
+
+def results_table(rows: Sequence[Row], title: str) -> Table:
+    """The rows as a rich table; an absent value is a dash."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", show_lines=False)
+    table.add_column("configuration", no_wrap=True)
+    for heading in COLUMNS.values():
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        cells = [row.values[name].text() if name in row.values else "–" for name in COLUMNS]
+        table.add_row(row.label, *cells, style="bold" if row.style == "ours" else "")
+    return table
+
+
+def claim_table(claim: Claim) -> Table:
+    """One claim, factor by factor, then the product and the lines beside it."""
+    from rich.table import Table
+
+    table = Table(title=claim.title, title_justify="left", title_style="bold")
+    table.add_column("factor", no_wrap=True)
+    table.add_column("ratio", justify="right", no_wrap=True)
+    table.add_column("known by", no_wrap=True)
+    table.add_column("what it compares")
+
+    def add(factor: Factor, style: str = "") -> None:
+        table.add_row(factor.name, f"{number(factor.ratio)}x", factor.mark, factor.note, style=style)
+
+    for factor in claim.factors:
+        add(factor)
+    table.add_row("= product", f"{number(claim.ratio)}x", claim.mark, "", style="bold", end_section=True)
+    for factor in claim.context:
+        add(factor, "dim")
+    return table
+
+
+def print_report(console: Console, rows: Sequence[Row], claims: Sequence[Claim], title: str, notes: list[str]) -> None:
+    console.print(results_table(rows, title))
+    for note in notes:
+        console.print(f"  {note}", style="dim", highlight=False)
+    for claim in claims:
+        console.print()
+        console.print(claim_table(claim))
+
+
+def write_json(path: Path, rows: Sequence[Row], claims: Sequence[Claim], **fields: Any) -> None:
+    """Everything that was printed and more, with the machine's description."""
+    document = {
+        "benchmark": "throughput",
+        "schema": 1,
+        **fields,
+        "rows": [asdict(row) for row in rows],
+        "claims": [claim.to_json() for claim in claims],
+    }
+    path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def contact_sheet(
+    path: Path, originals: np.ndarray, reconstructions: np.ndarray, caption: list[str], *, cell: int = 256
+) -> None:
+    """Pairs (original | reconstruction), two pairs a line, under a caption. Images (B, H, W, 3) uint8."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    gap, line, per_line = 12, 26, 2
+    font = ImageFont.load_default(size=18)
+    pairs = len(originals)
+    columns = min(per_line, pairs)
+    lines = -(-pairs // per_line)
+    head = gap + line * (len(caption) + 1)
+    width = max(columns * (2 * cell + 2 * gap) + gap, 700)
+    sheet = Image.new("RGB", (width, head + lines * (cell + gap) + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, text in enumerate(caption):
+        draw.text((gap, gap + i * line), text, fill="black", font=font)
+    for i, pair in enumerate(zip(originals, reconstructions, strict=True)):
+        top = head + (i // per_line) * (cell + gap)
+        left = gap + (i % per_line) * (2 * cell + 2 * gap)
+        for k, pixels in enumerate(pair):
+            image = Image.fromarray(pixels).resize((cell, cell), Image.Resampling.LANCZOS)
+            sheet.paste(image, (left + k * cell, top))
+        if i < per_line:
+            for k, text in enumerate(("original", "reconstruction")):
+                draw.text((left + k * cell, head - line), text, fill="#555555", font=font)
+    sheet.save(path)
+
+
+def bar_chart(path: Path, rows: Sequence[Row], claims: Sequence[Claim], title: str, subtitle: str) -> None:
+    """Rates of every row above, the claims' factors below; log axes, as the rates span orders of magnitude."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(16, 10), layout="constrained")
+    FigureCanvasAgg(figure)
+    top, bottom = figure.subfigures(2, 1, height_ratios=[1, 1])
+    figure.suptitle(f"{title}\n", fontsize=15, fontweight="bold")
+    figure.text(0.5, 0.955, subtitle, ha="center", fontsize=10, color="#444444")
+    left, middle, right = top.subplots(1, 3)
+    _rate_bars(left, rows, ["sample"], "Sampling, guided († computed from measured steps)")
+    _rate_bars(middle, rows, ["train"], "Training († computed from measured parts)")
+    _rate_bars(right, rows, ["encode", "decode"], "Tokenizer, measured")
+    for axes in (middle, right):
+        axes.set_ylabel("")
+    for axes, claim in zip(bottom.subplots(1, len(claims), squeeze=False)[0], claims, strict=True):
+        _factor_bars(axes, claim)
+    figure.savefig(path, dpi=100)
+
+
+def _rate_bars(axes: Any, rows: Sequence[Row], names: list[str], title: str) -> None:
+    bars = [(row, name) for row in rows for name in names if name in row.values]
+    labels = [row.label if len(names) == 1 else f"{row.label}\n{name}" for row, name in bars]
+    values = [row.values[name].value for row, name in bars]
+    axes.set_title(title, fontsize=11)
+    axes.set_xlabel("images/s")
+    if not values:
+        axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes)
+        return
+    axes.barh(range(len(bars)), values, color=[_COLOURS[row.style] for row, _ in bars])
+    axes.set_yticks(range(len(bars)), labels, fontsize=9)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlim(min(values) / 2, max(values) * 6)
+    for i, (row, name) in enumerate(bars):
+        axes.text(values[i] * 1.08, i, row.values[name].text(), va="center", fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _factor_bars(axes: Any, claim: Claim) -> None:
+    """A multiplicative waterfall: each bar starts where the product so far stands."""
+    product = 1.0
+    labels = []
+    for i, factor in enumerate(claim.factors):
+        after = product * factor.ratio
+        axes.barh(i, after - product, left=product, color=_MARK_COLOURS[factor.mark])
+        axes.text(max(product, after) * 1.06, i, f"x {number(factor.ratio)}", va="center", fontsize=10)
+        labels.append(f"{factor.name}\n({factor.mark})")
+        product = after
+    count = len(claim.factors)
+    axes.barh(count, product - 1, left=1.0, color="#3a4a5b")
+    axes.text(product * 1.06, count, f"{number(product)}x", va="center", fontsize=10, fontweight="bold")
+    cited = next((line.ratio for line in claim.context if line.mark == CITED), None)
+    if cited is not None:
+        axes.axvline(cited, color="#888888", linestyle="--", linewidth=1)
+        axes.text(
+            cited, count + 0.62, f"paper: {number(cited)}x ", ha="right", va="center", fontsize=9, color="#555555"
+        )
+    axes.set_yticks(range(count + 1), [*labels, "product"], fontsize=9)
+    axes.set_ylim(count + 0.9, -0.6)
+    axes.set_xscale("log")
+    axes.set_xlim(0.8, max(product, cited or 1) * 2.2)
+    axes.set_xlabel("times the rate of the 1024-token baseline, cumulative (log scale)")
+    axes.set_title(claim.title, fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
