@@ -1,19 +1,32 @@
 """maetok_fast: fast kernels, models and benchmarks for the MAETok image tokenizer and the generators on its latent tokens.
 
-Arrows point down only; importing this package imports torch and nothing below, everything else is loaded where it is used:
+Arrows point down only; importing this package loads nothing, every part is loaded when it is first named:
 
-    cli -> training, inference, evaluation -> models, diffusion, data -> layers -> kernels -> csrc
+    cli -> inference -> models, diffusion, data -> layers -> kernels -> csrc
 """
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
+import importlib
+from typing import Any
 
-import torch as _torch  # noqa: F401  (first: the native library shares torch's OpenMP runtime)
+_PARTS = ("data", "diffusion", "inference", "kernels", "layers", "models", "precision")
 
-try:
-    __version__ = version("maetok-fast")
-except PackageNotFoundError:  # a source tree that was never installed
-    __version__ = "0+unknown"
+__all__ = ["__version__", *_PARTS]
 
-__all__ = ["__version__"]
+
+def __getattr__(name: str) -> Any:
+    if name in _PARTS:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("maetok-fast")
+        except PackageNotFoundError:  # a source tree that was never installed
+            return "0+unknown"
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
