@@ -3,18 +3,19 @@
 
     tokens (B, N, D)
       │  adaln            LayerNorm, with or without modulation (per sample, or per token on the last T tokens)
-      │  Attention        qkv Linear -> rope_attention (q/k norm, 2-D RoPE, only the queries that are read) -> proj Linear
+      │  Attention        qkv Linear -> rope_attention (q/k norm, 2-D RoPE, only the queries needed) -> proj Linear
       │  gate_residual    x + gate * branch; LayerScale's gamma (D,) and DiT's gate (B, D) are both gates
       │  Mlp | SwiGLU
 
-Parameter names are those of timm and of the public DiT/SiT code (`qkv`, `proj`, `fc1`, `fc2`, `gamma`, `w12`, `w3`, ...),
-so weights load without renaming. The functions at the end hold the position facts: pixel order, sin/cos tables and RoPE
+Parameter names are those of timm and of the public DiT/SiT code (`qkv`, `proj`, `fc1`, `fc2`, `gamma`, `w12`, ...), so
+weights load without renaming. The functions at the end hold the position facts: pixel order, sin/cos tables and RoPE
 frequencies, each with its source.
 """
 
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ __all__ = [
     "LayerNorm",
     "LayerScale",
     "Mlp",
+    "Modulation",
     "PatchEmbed",
     "RMSNorm",
     "SwiGLU",
@@ -120,7 +122,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """x (B, N, D) -> (B, Nq, D) for the queries first_query .. first_query + num_queries - 1 (all by default).
 
-        rope: a table of `rope_table`, (2, heads or 1, M, head_dim / 2); the tokens prefix .. prefix + M - 1 are rotated.
+        rope: `rope_table`'s (2, heads or 1, M, head_dim / 2); the tokens prefix .. prefix + M - 1 are rotated.
         """
         batch, tokens, _ = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, self.head_dim)
@@ -167,8 +169,25 @@ class SwiGLU(nn.Module):
         return self.w3(F.silu(a) * b)
 
 
+class Modulation(nn.Sequential):
+    """SiLU -> Linear (dim -> out): the source of adaLN's shifts, scales and gates. Starts at zero (adaLN-zero)."""
+
+    def __init__(self, dim: int, out: int) -> None:
+        super().__init__(nn.SiLU(), nn.Linear(dim, out))
+        self.reset_parameters()
+
+    @property
+    def linear(self) -> nn.Linear:
+        """The projection alone, for callers that apply SiLU once for many."""
+        return cast(nn.Linear, self[1])
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+
 class LayerScale(nn.Module):
-    """Residual scaled by a learned gamma (D,): `forward(x, branch) = x + gamma * branch` (CaiT; DINOv2 starts at 1e-5)."""
+    """`forward(x, branch) = x + gamma * branch` with a learned gamma (D,) (CaiT; DINOv2 starts at 1e-5)."""
 
     def __init__(self, dim: int, init: float = 1e-5) -> None:
         super().__init__()
@@ -185,12 +204,16 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(channels, dim, kernel_size=patch, stride=patch)
 
+    def reset_bias(self) -> None:
+        assert self.proj.bias is not None
+        nn.init.zeros_(self.proj.bias)
+
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
 class TimestepEmbedder(nn.Module):
-    """t (B,) -> (B, D): 256 features [cos(t w_k) | sin(t w_k)], w_k = 1e4^(-k/128), then Linear -> SiLU -> Linear (GLIDE).
+    """t (B,) -> (B, D): features [cos(t w_k) | sin(t w_k)], w_k = 1e4^(-k/128), then Linear -> SiLU -> Linear (GLIDE).
 
     t is used as given (0 to 1, unscaled); the features are computed in fp32 and cast to the weights' dtype.
     """
@@ -200,6 +223,11 @@ class TimestepEmbedder(nn.Module):
         self.features = features
         self.mlp = nn.Sequential(nn.Linear(features, dim), nn.SiLU(), nn.Linear(dim, dim))
 
+    def reset_parameters(self) -> None:
+        """DiT's start: both weights N(0, .02); the biases are left alone."""
+        for layer in (self.mlp[0], self.mlp[2]):
+            nn.init.normal_(cast(nn.Linear, layer).weight, std=0.02)
+
     def forward(self, t: Tensor) -> Tensor:
         half = self.features // 2
         # fp64 only where the whole model is fp64: the public code's angles are fp32
@@ -207,7 +235,7 @@ class TimestepEmbedder(nn.Module):
         freqs = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=dtype, device=t.device) / half)
         args = t[:, None].to(dtype) * freqs
         table = torch.cat([args.cos(), args.sin()], dim=-1)
-        return self.mlp(table.to(self.mlp[0].weight.dtype))
+        return self.mlp(table.to(cast(nn.Linear, self.mlp[0]).weight.dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -236,7 +264,7 @@ def drop_path(branch: Tensor, rate: float, training: bool) -> Tensor:
 
 
 def unpatchify(x: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
-    """Tokens (B, h*w, p*p*C), each laid out (p_row, p_col, channel) -> image (B, C, h*p, w*p). MAE's and DiT's order."""
+    """Tokens (B, h*w, p*p*C), each laid out (row, column, channel) -> (B, C, h*p, w*p): MAE's and DiT's order."""
     h, w = grid
     x = x.view(x.shape[0], h, w, patch, patch, -1)
     return x.permute(0, 5, 1, 3, 2, 4).reshape(x.shape[0], -1, h * patch, w * patch)
@@ -275,7 +303,7 @@ def axial_frequencies(half_dims: int, theta: float, first_axis: str) -> Tensor:
 
 
 def sincos_1d(dim: int, length: int) -> Tensor:
-    """Fixed 1-D positions (length, dim) fp32: sin on even, cos on odd channels, w_k = 1e4^(-2k/dim) (Vaswani et al.)."""
+    """Fixed 1-D positions (length, dim) fp32: sin on even, cos on odd channels, w_k = 1e4^(-2k/dim) (Vaswani)."""
     if dim % 2:
         raise ValueError(f"sincos_1d: dim must be even, got {dim}")
     pos = torch.arange(length, dtype=torch.float32)[:, None]
@@ -296,7 +324,7 @@ def sincos_2d(dim: int, grid: tuple[int, int]) -> Tensor:
 
 
 def resample_grid(embed: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Learned positions (1, h*w, D) of the grid `old` -> of the grid `new`: bicubic, antialiased, in fp32 as timm does."""
+    """Learned positions (1, h*w, D) of the grid `old` -> `new`: bicubic, antialiased, in fp32, as timm does."""
     if old == new:
         return embed
     image = embed.float().view(1, *old, -1).permute(0, 3, 1, 2)

@@ -1,10 +1,10 @@
 # Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 """The models, one readable file each, and their presets.
 
-    tokenizer.py     MAETok, images <-> latent tokens
+    tokenizer.py     MAETok, images <-> latent tokens (its blocks: vit.py)
     sit.py           SiT, latents -> velocity
     lightningdit.py  LightningDiT, the same with RMSNorm, SwiGLU and RoPE
-    checkpoints.py   the public checkpoint layout: read, check, write, push
+    checkpoints.py   the public checkpoint layout: read, check, write, push (names: layouts.py, layout_*.py)
     catalog.py       the table behind `create(name)` and `presets()`
 
 Names are resolved on first use (PEP 562), so importing this package costs nothing.
@@ -16,17 +16,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from maetok_fast.models.catalog import create as create
+    from maetok_fast.models.catalog import presets as presets
     from maetok_fast.models.checkpoints import CheckpointError as CheckpointError
     from maetok_fast.models.lightningdit import LightningDiT as LightningDiT
     from maetok_fast.models.lightningdit import LightningDiTConfig as LightningDiTConfig
-    from maetok_fast.models.catalog import create as create
-    from maetok_fast.models.catalog import presets as presets
     from maetok_fast.models.sit import Modulations as Modulations
     from maetok_fast.models.sit import SiT as SiT
     from maetok_fast.models.sit import SiTConfig as SiTConfig
     from maetok_fast.models.tokenizer import MAETok as MAETok
     from maetok_fast.models.tokenizer import MAETokConfig as MAETokConfig
-    from maetok_fast.models.tokenizer import ViTSize as ViTSize
+    from maetok_fast.models.vit import ViTSize as ViTSize
 
 _HOME = {
     "CheckpointError": "checkpoints",
@@ -37,7 +37,7 @@ _HOME = {
     "Modulations": "sit",
     "SiT": "sit",
     "SiTConfig": "sit",
-    "ViTSize": "tokenizer",
+    "ViTSize": "vit",
     "create": "catalog",
     "presets": "catalog",
 }

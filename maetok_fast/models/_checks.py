@@ -23,7 +23,9 @@ def check_tensor(name: str, x: Any, shape: tuple[int | str, ...]) -> None:
 def check_dtype(name: str, x: Tensor, weight: Tensor) -> None:
     """TypeError unless x is floating point and of the weights' dtype (any floating dtype under autocast)."""
     if not x.dtype.is_floating_point:
-        raise TypeError(f"{name}: expected {weight.dtype}, got {x.dtype}; convert and scale the values to floating point")
+        raise TypeError(
+            f"{name}: expected {weight.dtype}, got {x.dtype}; convert and scale the values to floating point"
+        )
     if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
         raise TypeError(
             f"{name}: expected the model's dtype {weight.dtype}, got {x.dtype}; use .to({weight.dtype}) or autocast"

@@ -11,7 +11,8 @@ from torch import nn
 
 from maetok_fast.models.lightningdit import LightningDiT, LightningDiTConfig
 from maetok_fast.models.sit import SiT, SiTConfig
-from maetok_fast.models.tokenizer import MAETok, MAETokConfig, ViTSize
+from maetok_fast.models.tokenizer import MAETok, MAETokConfig
+from maetok_fast.models.vit import ViTSize
 
 __all__ = ["create", "presets"]
 
@@ -31,7 +32,7 @@ def _table() -> dict[str, tuple[type[nn.Module], Any]]:
         # the image-token ablation: one latent per patch
         table[f"maetok-{name}-0"] = (MAETok, MAETokConfig(num_latent_tokens=0, encoder=size, decoder=size))
     for name, (dim, depth, heads) in _DIT.items():
-        shape: dict[str, int] = {"dim": dim, "depth": depth, "heads": heads}
+        shape: dict[str, Any] = {"dim": dim, "depth": depth, "heads": heads}
         table[f"sit-{name}-1"] = (SiT, SiTConfig(**shape))
         table[f"sit-{name}-2"] = (SiT, SiTConfig(tokens=(64, 64), channels=4, patch=2, **shape))
         table[f"sit-{name}-2-256"] = (SiT, SiTConfig(tokens=(32, 32), channels=4, patch=2, **shape))
@@ -43,8 +44,8 @@ def _table() -> dict[str, tuple[type[nn.Module], Any]]:
 def presets() -> dict[str, Any]:
     """Every preset's name and configuration, e.g. `{"maetok-b-128": MAETokConfig(...), ...}`.
 
-    maetok-SIZE-L[-512|-plain] (L = 0: image tokens), sit-SIZE-1 (128 x 32 latents), sit-SIZE-2 (64x64x4, patch 2: SD-VAE
-    at 512 px) and sit-SIZE-2-256 (32x32x4), lightningdit-SIZE-1 (16x16x32), lightningdit-SIZE-1d (128 x 32 latents).
+    maetok-SIZE-L[-512|-plain] (L = 0: image tokens), sit-SIZE-1 (128 x 32 latents), sit-SIZE-2 (64x64x4, patch 2:
+    SD-VAE at 512 px) and sit-SIZE-2-256 (32x32x4), lightningdit-SIZE-1 (16x16x32) and -1d (128 x 32 latents).
     """
     return {name: config for name, (_, config) in _table().items()}
 
@@ -61,5 +62,7 @@ def create(name: str, **changes: Any) -> Any:
     unknown = sorted(set(changes) - set(config.__dataclass_fields__))
     if unknown:
         known = ", ".join(config.__dataclass_fields__)
-        raise ValueError(f"models.create: {type(config).__name__} has no field {', '.join(unknown)}; its fields: {known}")
+        raise ValueError(
+            f"models.create: {type(config).__name__} has no field {', '.join(unknown)}; its fields: {known}"
+        )
     return model(replace(config, **changes))

@@ -8,7 +8,7 @@
       │ compare        -> every missing, unexpected and mis-shaped key in one error, unless `allow` names it
       ▼ model in eval mode; teachers and auxiliary decoders in the file are passed over, never built or downloaded
 
-Weights only ever come from safetensors or from `torch.load(weights_only=True)`: a pickle that would run code is refused.
+Weights come from safetensors or from `torch.load(weights_only=True)` only: a pickle that would run code is refused.
 `save_pretrained` writes config.json and model.safetensors through temporary files and renames, so a reader never meets
 half a file.
 """
@@ -43,8 +43,11 @@ class CheckpointError(ValueError):
 class Pretrained:
     """`from_pretrained`, `save_pretrained` and `push_to_hub` of a model class with `config_class` and `self.config`."""
 
-    config_class: type
+    config_class: Any
     config: Any
+
+    def __init__(self, config: Any = None) -> None:
+        super().__init__()
 
     @classmethod
     def from_pretrained(
@@ -129,7 +132,7 @@ class Pretrained:
         revision: str | None = None,
         message: str = "Upload model",
     ) -> str:
-        """Uploads what `save_pretrained` writes to the Hugging Face repository `repo_id`, made if absent, in one commit.
+        """Uploads what `save_pretrained` writes to the hub repository `repo_id` (made if absent), in one commit.
 
         Returns the commit's URL.
         """
@@ -163,7 +166,9 @@ def locate(
         config = path / "config.json"
         return (config if config.is_file() else None), found[0]
     if not _REPO_ID.fullmatch(os.fspath(source)):
-        raise CheckpointError(f"{source}: no such file or directory, and not a hub repository id like 'MAETok/maetok-b-128'")
+        raise CheckpointError(
+            f"{source}: no such file or directory, and not a hub repository id like 'MAETok/maetok-b-128'"
+        )
     return _download(os.fspath(source), revision, token)
 
 

@@ -2,16 +2,16 @@
 """LightningDiT: SiT with RMSNorm, SwiGLU and 2-D axial RoPE (Reconstruction vs. Generation, arXiv 2501.01423).
 
     as in sit.py, with   norm      RMSNorm with weight, eps 1e-6 (or LayerNorm without affine, `rmsnorm=False`)
-                         attn      optional q/k norm (RMSNorm, or LayerNorm eps 1e-5), RoPE on all tokens: of head_dim / 2
-                                   pairs the first half turns with the row, the second with the column, theta 1e4,
-                                   interleaved pairs, integer positions
+                         attn      optional q/k norm (RMSNorm, or LayerNorm eps 1e-5), RoPE on all tokens: the first
+                                   half of the (interleaved) pairs turns with the row, the second with the column,
+                                   theta 1e4
                          mlp       w3(silu(a) * b), [a | b] = w12(x), hidden width int(2/3 * int(dim * mlp_ratio))
                          adaLN     6D, or 4D without the shifts (`shift=False`)
 
 The fixed 2-D sin/cos positions of SiT are added as well. On 1-D latents (tokens an int) there is no grid: 1-D sin/cos
-positions and no RoPE. Published weights are trained with t = 1 data, so their configs carry time="sit" (see sit.py): the
-API stays t = 0 data. Published sampling (FID 1.35) applies guidance to the first 3 of 32 channels and shifts timesteps;
-both are the sampler's options.
+positions and no RoPE. Published weights are trained with t = 1 data, so their configs carry time="sit" (see sit.py);
+the API stays t = 0 data. Published sampling (FID 1.35) applies guidance to the first 3 of 32 channels and shifts
+timesteps; both are the sampler's options.
 """
 
 from __future__ import annotations
@@ -22,7 +22,16 @@ import torch
 from torch import Tensor, nn
 
 from maetok_fast.kernels import gate_residual, rope_table
-from maetok_fast.layers import Attention, LayerNorm, Mlp, RMSNorm, SwiGLU, axial_frequencies, grid_positions
+from maetok_fast.layers import (
+    Attention,
+    LayerNorm,
+    Mlp,
+    Modulation,
+    RMSNorm,
+    SwiGLU,
+    axial_frequencies,
+    grid_positions,
+)
 from maetok_fast.models.sit import DiffusionTransformer, FinalLayer, SiTConfig
 
 __all__ = ["LightningDiT", "LightningDiTConfig"]
@@ -43,7 +52,9 @@ class LightningDiTConfig(SiTConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.use_rope and self.dim // self.heads % 4:
-            raise ValueError(f"LightningDiTConfig: head_dim {self.dim // self.heads} must be divisible by 4 for 2-D RoPE")
+            raise ValueError(
+                f"LightningDiTConfig: head_dim {self.dim // self.heads} must be divisible by 4 for 2-D RoPE"
+            )
 
     @property
     def use_rope(self) -> bool:
@@ -68,14 +79,14 @@ class LightningDiTBlock(nn.Module):
         )
         self.norm2 = _norm(config)
         self.mlp = SwiGLU(config.dim, int(2 / 3 * hidden)) if config.swiglu else Mlp(config.dim, hidden, "tanh")
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.dim, (6 if config.shift else 4) * config.dim))
+        self.adaLN_modulation = Modulation(config.dim, (6 if config.shift else 4) * config.dim)
 
     def forward(self, x: Tensor, modulation: Tensor, rope: Tensor | None = None) -> Tensor:
         if self.shift:
             shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
         else:
             scale_msa, gate_msa, scale_mlp, gate_mlp = modulation.chunk(4, dim=-1)
-            shift_msa = shift_mlp = None
+            shift_msa, shift_mlp = None, None
         x = gate_residual(x, gate_msa, self.attn(self.norm1(x, shift_msa, scale_msa), rope))
         return gate_residual(x, gate_mlp, self.mlp(self.norm2(x, shift_mlp, scale_mlp)))
 
@@ -96,6 +107,7 @@ class LightningDiT(DiffusionTransformer):
     """LightningDiT. `LightningDiT.from_pretrained` reads the public training files (`ema` / `model`)."""
 
     config_class = LightningDiTConfig
+    config: LightningDiTConfig
 
     def __init__(self, config: LightningDiTConfig | None = None) -> None:
         config = LightningDiTConfig() if config is None else config

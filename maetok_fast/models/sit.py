@@ -23,7 +23,7 @@ SiT and LightningDiT convention (t = 1 data, v = data - noise): forward then fli
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ from maetok_fast.layers import (
     LabelEmbedder,
     LayerNorm,
     Mlp,
+    Modulation,
     PatchEmbed,
     TimestepEmbedder,
     sincos_1d,
@@ -70,24 +71,22 @@ class SiTConfig:
     time: str = "maetok"
 
     def __post_init__(self) -> None:
-        check_generator(self)
-
-
-def check_generator(config: SiTConfig | object) -> None:
-    """ValueError on sizes that no generator can have (shared by SiT and LightningDiT)."""
-    name, c = type(config).__name__, config
-    sizes = (c.channels, c.patch, c.dim, c.depth, c.heads, c.num_classes)  # type: ignore[attr-defined]
-    if min(sizes) < 1 or c.dim % c.heads or c.dim % 4:  # type: ignore[attr-defined]
-        raise ValueError(f"{name}: channels, patch, dim, depth, heads, num_classes {sizes} must be positive, "
-                         "dim divisible by heads and by 4")  # fmt: skip
-    tokens = c.tokens  # type: ignore[attr-defined]
-    if isinstance(tokens, int):
-        if tokens < 1 or c.patch != 1:  # type: ignore[attr-defined]
-            raise ValueError(f"{name}: 1-D latents need tokens >= 1 and patch 1, got tokens {tokens}, patch {c.patch}")  # type: ignore[attr-defined]
-    elif len(tokens) != 2 or min(tokens) < 1 or tokens[0] % c.patch or tokens[1] % c.patch:  # type: ignore[attr-defined]
-        raise ValueError(f"{name}: the latent grid {tokens} must be (height, width), multiples of patch {c.patch}")  # type: ignore[attr-defined]
-    if c.time not in ("maetok", "sit"):  # type: ignore[attr-defined]
-        raise ValueError(f"{name}: time {c.time!r} is not 'maetok' (t = 0 data) or 'sit' (t = 1 data)")  # type: ignore[attr-defined]
+        name, tokens = type(self).__name__, self.tokens
+        sizes = (self.channels, self.patch, self.dim, self.depth, self.heads, self.num_classes)
+        if min(sizes) < 1 or self.dim % self.heads or self.dim % 4:
+            raise ValueError(
+                f"{name}: channels, patch, dim, depth, heads, num_classes = {sizes} must be positive, and dim a "
+                "multiple of heads and of 4"
+            )
+        if isinstance(tokens, int):
+            if tokens < 1 or self.patch != 1:
+                raise ValueError(f"{name}: 1-D latents need tokens >= 1 and patch 1, got {tokens} and {self.patch}")
+        elif len(tokens) != 2 or min(tokens) < 1 or tokens[0] % self.patch or tokens[1] % self.patch:
+            raise ValueError(
+                f"{name}: the latent grid {tokens} must be (height, width), multiples of patch {self.patch}"
+            )
+        if self.time not in ("maetok", "sit"):
+            raise ValueError(f"{name}: time {self.time!r} is not 'maetok' (t = 0 data) or 'sit' (t = 1 data)")
 
 
 class Modulations(NamedTuple):
@@ -110,7 +109,7 @@ class SiTBlock(nn.Module):
         self.attn = Attention(config.dim, config.heads, "layer" if config.qk_norm else "none")
         self.norm2 = LayerNorm(config.dim, affine=False)
         self.mlp = Mlp(config.dim, int(config.dim * config.mlp_ratio), approximate="tanh")
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.dim, 6 * config.dim))
+        self.adaLN_modulation = Modulation(config.dim, 6 * config.dim)
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
@@ -125,7 +124,7 @@ class FinalLayer(nn.Module):
         super().__init__()
         self.norm_final = norm
         self.linear = nn.Linear(dim, out)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+        self.adaLN_modulation = Modulation(dim, 2 * dim)
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
         shift, scale = modulation.chunk(2, dim=-1)
@@ -137,6 +136,10 @@ class DiffusionTransformer(Pretrained, nn.Module):
 
     Subclasses set `blocks` and `final_layer` and call `reset_parameters`; `rope()` gives their RoPE table or None.
     """
+
+    config: SiTConfig
+    blocks: nn.ModuleList
+    final_layer: FinalLayer
 
     def __init__(self, config: SiTConfig) -> None:
         super().__init__()
@@ -167,12 +170,12 @@ class DiffusionTransformer(Pretrained, nn.Module):
                 nn.init.zeros_(module.bias)
         if isinstance(self.x_embedder, PatchEmbed):
             nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
-            nn.init.zeros_(self.x_embedder.proj.bias)
+            self.x_embedder.reset_bias()
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
-        for module in (*self.blocks, self.final_layer):
-            nn.init.zeros_(module.adaLN_modulation[1].weight)
+        self.t_embedder.reset_parameters()
+        for module in self.modules():
+            if isinstance(module, Modulation):
+                module.reset_parameters()
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def embed(self, x: Tensor) -> Tensor:
@@ -193,7 +196,8 @@ class DiffusionTransformer(Pretrained, nn.Module):
         conditions of many sampling steps; `Modulations.rows` then picks one step's."""
         c = F.silu(c)
         return Modulations(
-            tuple(block.adaLN_modulation[1](c) for block in self.blocks), self.final_layer.adaLN_modulation[1](c)
+            tuple(cast(Modulation, block.adaLN_modulation).linear(c) for block in self.blocks),
+            self.final_layer.adaLN_modulation.linear(c),
         )
 
     def rope(self) -> Tensor | None:
@@ -202,7 +206,9 @@ class DiffusionTransformer(Pretrained, nn.Module):
     def forward_modulated(self, x: Tensor, modulations: Modulations) -> Tensor:
         """Velocity for latents x, given `modulations(condition(t, y))` of the same batch."""
         config = self.config
-        shape = (config.tokens, config.channels) if self.grid is None else (config.channels, *config.tokens)  # type: ignore[misc]
+        shape = (
+            (config.channels, *config.tokens) if isinstance(config.tokens, tuple) else (config.tokens, config.channels)
+        )
         check_tensor("x", x, ("B", *shape))
         check_dtype("x", x, self.pos_embed)
         tokens = self.embed(x)

@@ -27,41 +27,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from maetok_fast.kernels import gate_residual, rope_table
-from maetok_fast.layers import (
-    Attention,
-    LayerNorm,
-    LayerScale,
-    Mlp,
-    PatchEmbed,
-    axial_frequencies,
-    drop_path,
-    grid_positions,
-    mixed_frequencies,
-    resample_grid,
-    unpatchify,
-)
+from maetok_fast.kernels import rope_table
+from maetok_fast.layers import axial_frequencies, grid_positions, mixed_frequencies, unpatchify
 from maetok_fast.models._checks import check_dtype, check_tensor
 from maetok_fast.models.checkpoints import Pretrained
+from maetok_fast.models.vit import ViT, ViTSize
 
-__all__ = ["MAETok", "MAETokConfig", "ViTSize"]
-
-
-@dataclass(frozen=True)
-class ViTSize:
-    """Size of one ViT: width, number of blocks, heads and the MLP's width over the model's."""
-
-    dim: int = 768
-    depth: int = 12
-    heads: int = 12
-    mlp_ratio: float = 4.0
-
-    def __post_init__(self) -> None:
-        if min(self.dim, self.depth, self.heads) < 1 or self.dim % self.heads or (self.dim // self.heads) % 4:
-            raise ValueError(
-                f"ViTSize: dim {self.dim}, depth {self.depth}, heads {self.heads}: all must be positive and dim / heads "
-                "a multiple of 4 (2-D RoPE uses a quarter of head_dim per axis and half)"
-            )
+__all__ = ["Decoder", "Encoder", "MAETok", "MAETokConfig"]
 
 
 @dataclass(frozen=True)
@@ -111,7 +83,8 @@ class MAETokConfig:
     @property
     def size(self) -> tuple[int, int]:
         """Trained (height, width) in pixels."""
-        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else tuple(self.image_size)
+        size = self.image_size
+        return (size, size) if isinstance(size, int) else (size[0], size[1])
 
     @property
     def out_patch(self) -> int:
@@ -126,114 +99,10 @@ def grid_of(size: tuple[int, int], patch: int, what: str) -> tuple[int, int]:
     return height // patch, width // patch
 
 
-class Block(nn.Module):
-    """Plain ViT block: x += ls1 * attn(norm1 x); x += ls2 * mlp(norm2 x) (DINOv2's layout)."""
-
-    def __init__(self, size: ViTSize, latent_dim: int, rate: float) -> None:
-        super().__init__()
-        self.rate = rate
-        self.norm1 = LayerNorm(size.dim)
-        self.attn = Attention(size.dim, size.heads)
-        self.ls1 = LayerScale(size.dim)
-        self.norm2 = LayerNorm(size.dim)
-        self.mlp = Mlp(size.dim, int(size.dim * size.mlp_ratio))
-        self.ls2 = LayerScale(size.dim)
-
-    def forward(self, x: Tensor, rope: Tensor | None, prefix: int, latents: Tensor, keep: slice | None) -> Tensor:
-        """x (B, N, D); `keep`: the tokens to return (None: all). Keys and values always come from all tokens."""
-        first, count = _span(keep)
-        y = self.attn(self.norm1(x), rope, prefix=prefix, first_query=first, num_queries=count)
-        x = self.ls1(_take(x, keep), drop_path(y, self.rate, self.training))
-        return self.ls2(x, drop_path(self.mlp(self.norm2(x)), self.rate, self.training))
-
-
-class MoVQBlock(nn.Module):
-    """"movqv2" block: the last T tokens' norms are modulated by the raw latents (B, T, H), the other tokens' are plain."""
-
-    def __init__(self, size: ViTSize, latent_dim: int, rate: float) -> None:
-        super().__init__()
-        self.rate = rate
-        self.norm1 = LayerNorm(size.dim, affine=False)
-        self.attn = Attention(size.dim, size.heads)
-        self.norm2 = LayerNorm(size.dim, affine=False)
-        self.mlp = Mlp(size.dim, int(size.dim * size.mlp_ratio))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(latent_dim, 4 * size.dim))
-
-    def forward(self, x: Tensor, rope: Tensor | None, prefix: int, latents: Tensor, keep: slice | None) -> Tensor:
-        shift_msa, scale_msa, shift_mlp, scale_mlp = self.adaLN_modulation(latents).chunk(4, dim=-1)
-        first, count = _span(keep)
-        y = self.norm1(x, shift_msa, scale_msa, offset=0.0)
-        y = self.attn(y, rope, prefix=prefix, first_query=first, num_queries=count)
-        tokens = x.shape[1]
-        x = _take(x, keep) + drop_path(y, self.rate, self.training)
-        modulated = keep is None or keep.stop == tokens
-        y = self.norm2(x, shift_mlp, scale_mlp, offset=0.0) if modulated else self.norm2(x)
-        return x + drop_path(self.mlp(y), self.rate, self.training)
-
-
-class MoVQNorm(nn.Module):
-    """Final norm of the movqv2 decoder: no affine; the last T tokens are modulated by the raw latents (B, T, H)."""
-
-    def __init__(self, dim: int, latent_dim: int) -> None:
-        super().__init__()
-        self.norm = LayerNorm(dim, affine=False)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(latent_dim, 2 * dim))
-
-    def forward(self, x: Tensor, latents: Tensor | None) -> Tensor:
-        """`latents` None: x holds no modulated token, the norm is plain."""
-        if latents is None:
-            return self.norm(x)
-        shift, scale = self.adaLN_modulation(latents).chunk(2, dim=-1)
-        return self.norm(x, shift, scale, offset=0.0)
-
-
-def _span(keep: slice | None) -> tuple[int, int | None]:
-    return (0, None) if keep is None else (keep.start, keep.stop - keep.start)
-
-
-def _take(x: Tensor, keep: slice | None) -> Tensor:
-    return x if keep is None else x[:, keep]
-
-
-class ViT(nn.Module):
-    """The parameters that timm's ViT holds under `model.`: patch_embed, cls_token, pos_embed, blocks, norm."""
-
-    def __init__(self, size: ViTSize, grid: tuple[int, int], patch: int, movq_dim: int, cls_token: bool, rate: float):
-        super().__init__()
-        self.grid = grid
-        # movq_dim > 0: a movqv2 decoder over latents of that width
-        block = MoVQBlock if movq_dim else Block
-        self.patch_embed = PatchEmbed(3, size.dim, patch)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, size.dim)) if cls_token else None
-        self.pos_embed = nn.Parameter(torch.empty(1, 1 + grid[0] * grid[1], size.dim))
-        rates = [rate * i / max(size.depth - 1, 1) for i in range(size.depth)]
-        self.blocks = nn.ModuleList([block(size, movq_dim, r) for r in rates])
-        self.norm = MoVQNorm(size.dim, movq_dim) if movq_dim else LayerNorm(size.dim)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        if self.cls_token is not None:
-            nn.init.normal_(self.cls_token, std=1e-6)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
-        for module in self.modules():
-            if isinstance(module, (MoVQBlock, MoVQNorm)):
-                nn.init.zeros_(module.adaLN_modulation[1].weight)
-
-    def embed_positions(self, x: Tensor, grid: tuple[int, int], absolute: bool) -> Tensor:
-        """Image tokens (B, N, D) -> [cls? | tokens], plus the learned positions of `grid` if `absolute`."""
-        pos = None
-        if absolute:
-            pos = resample_grid(self.pos_embed[:, 1:], self.grid, grid)
-            x = x + pos
-        if self.cls_token is None:
-            return x
-        cls = self.cls_token + self.pos_embed[:, :1] if absolute else self.cls_token
-        return torch.cat([cls.expand(x.shape[0], -1, -1), x], dim=1)
-
-
 class _Half(nn.Module):
     """What encoder and decoder share: a ViT and its RoPE. Tables are made for the grid at hand, all layers at once."""
+
+    model: ViT
 
     def __init__(self, config: MAETokConfig, size: ViTSize, patch: int) -> None:
         super().__init__()
@@ -278,7 +147,7 @@ class Encoder(_Half):
         """images -> the sequence [cls | N patches | L latents] (B, 1 + N + L, D) before the blocks."""
         grid = images.shape[2] // self.patch, images.shape[3] // self.patch
         x = self.model.patch_embed(images)
-        if mask is not None:
+        if mask is not None and self.mask_token is not None:
             x = torch.where(mask.unsqueeze(-1), self.mask_token, x)
         x = self.model.embed_positions(x, grid, absolute=True)
         if self.num_latent_tokens:

@@ -1,0 +1,243 @@
+# Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
+"""MAETok's public layout: state-dict names and shapes, and the flat dataclass that is written as config.json.
+
+Detected: decoder kind from `decoder.model.blocks.0.adaLN_modulation.1.weight`, mixed RoPE from `encoder.freqs`, the
+decoder's cls token, L and H, sizes, patches and resolution from shapes. Teachers and auxiliary decoders are tolerated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from maetok_fast.models.checkpoints import CheckpointError
+from maetok_fast.models.layouts import HUB_KEYS, Facts, Layout, Public, Shapes, grid_or_square, shown, unseen
+from maetok_fast.models.tokenizer import MAETok, MAETokConfig
+from maetok_fast.models.vit import ViTSize
+
+__all__ = ["MAETOK"]
+
+_MAETOK_KEYS = HUB_KEYS | {
+    "image_size",
+    "base_image_size",
+    "codebook_size",
+    "codebook_embed_dim",
+    "codebook_l2_norm",
+    "codebook_show_usage",
+    "commit_loss_beta",
+    "entropy_loss_ratio",
+    "vq_loss_ratio",
+    "kl_loss_weight",
+    "tau",
+    "num_codebooks",
+    "encoder_ch_mult",
+    "decoder_ch_mult",
+    "z_channels",
+    "dropout_p",
+    "enc_type",
+    "dec_type",
+    "encoder_model",
+    "decoder_model",
+    "num_latent_tokens",
+    "to_pixel",
+    "enc_tuning_method",
+    "dec_tuning_method",
+    "enc_pretrained",
+    "dec_pretrained",
+    "enc_patch_size",
+    "dec_patch_size",
+    "enc_drop_path_rate",
+    "dec_drop_path_rate",
+    "enc_token_drop",
+    "enc_token_drop_max",
+    "enc_cls_token",
+    "dec_cls_token",
+    "use_ape",
+    "use_rope",
+    "rope_mixed",
+    "rope_theta",
+    "repa",
+    "repa_model",
+    "repa_patch_size",
+    "repa_proj_dim",
+    "repa_loss_weight",
+    "repa_align",
+    "vq_mean",
+    "vq_std",
+    "aux_dec_model",
+    "aux_loss_mask",
+    "aux_dec_cls_token",
+    "aux_hog_dec",
+    "aux_dino_dec",
+    "aux_clip_dec",
+    "aux_supcls_dec",
+    "aux_hog_decoder",
+    "aux_dino_decoder",
+    "aux_clip_decoder",
+    "aux_supcls_decoder",
+    "encoder_size",
+    "decoder_size",
+}
+_MAETOK_TOLERATED = (
+    "projection.*",
+    "repa_model.*",
+    "clip_model.*",
+    "decoder_hog.*",
+    "decoder_dino.*",
+    "decoder_clip.*",
+    "post_quant_conv_hog.*",
+    "post_quant_conv_dino.*",
+    "post_quant_conv_clip.*",
+    "to_pixel_hog.*",
+    "to_pixel_dino.*",
+    "to_pixel_clip.*",
+    "hog_generator.*",
+    "quantize.*",
+    "scale.*",
+    "de_scale.*",
+    "clip_scale.*",
+    "clip_de_scale.*",
+)
+# timm's names of the sizes that the public encoder accepts: dim -> word
+_VIT_WORDS = {384: "small", 768: "base", 1024: "large"}
+_VIT_DEPTHS = {384: 12, 768: 12, 1024: 24}
+
+
+def _vit_size(facts: Facts, half: str, given: Any) -> ViTSize:
+    dim = facts.shape(f"{half}.model.pos_embed", 3)[2]
+    hidden = facts.shape(f"{half}.model.blocks.0.mlp.fc1.weight", 2)[0]
+    stated = facts.public.get(f"{half}_size")
+    heads = given.heads if given is not None else stated.get("heads") if isinstance(stated, dict) else None
+    if heads is None:
+        if dim % 64:
+            raise CheckpointError(f"{half}: heads of a {dim}-wide ViT are unknown; pass {half}=ViTSize(...)")
+        heads = dim // 64  # every public ViT has head_dim 64
+    return ViTSize(dim, facts.depth(f"{half}.model.blocks"), int(heads), hidden / dim)
+
+
+def _detect_maetok(
+    shapes: Shapes, public: Public | None, given: Mapping[str, Any], allow: Iterable[str]
+) -> MAETokConfig:
+    f = Facts(shapes, public, _MAETOK_KEYS, allow, "MAETok")
+    encoder, decoder = (_vit_size(f, half, given.get(half)) for half in ("encoder", "decoder"))
+    patch = f.shape("encoder.model.patch_embed.proj.weight", 4)[2]
+    decoder_patch = f.shape("decoder.model.patch_embed.proj.weight", 4)[2]
+    latent_dim = f.shape("post_quant_conv.weight", 2)[1]
+    if f.shape("quant_conv.weight", 2)[0] == 2 * latent_dim:
+        raise CheckpointError(
+            "quant_conv has twice the latent width: a KL autoencoder (mean and variance), not a MAETok"
+        )
+    count = f.shapes["encoder.latent_tokens"][1] if len(f.shapes.get("encoder.latent_tokens", ())) == 3 else 0
+    stated = given.get("image_size", f.size("image_size"))
+    stated = (stated, stated) if isinstance(stated, int) else stated
+    stated_grid = None if stated is None else (stated[0] // patch, stated[1] // patch)
+    grid = grid_or_square(f.shape("encoder.model.pos_embed", 3)[1] - 1, stated_grid, "encoder.model.pos_embed")
+    size = grid[0] * patch, grid[1] * patch
+    movq = "decoder.model.blocks.0.adaLN_modulation.1.weight" in shapes
+    cls = "decoder.model.cls_token" in shapes
+    masked = "encoder.mask_token" in shapes
+    mixed = "encoder.freqs" in shapes
+    if mixed:
+        position = "mixed"
+    else:
+        axial = f.flag("use_rope", False) and not f.flag("rope_mixed", False)
+        position = given.get("position", "axial" if axial else "absolute")
+    base = f.number("base_image_size", size[0], integer=True)
+    if "encoder.freqs_t_x" in shapes:
+        base = math.isqrt(f.shape("encoder.freqs_t_x", 1)[0]) * patch
+
+    for key, value in (
+        ("codebook_embed_dim", latent_dim),
+        ("num_latent_tokens", count),
+        ("enc_patch_size", patch),
+        ("dec_patch_size", decoder_patch),
+        ("dec_cls_token", cls),
+        ("base_image_size", base),
+    ):
+        f.check(key, value)
+    f.check("image_size", shown(size), same=lambda v: f.size("image_size") == size)
+    f.check("decoder_model", "movq" if movq else "plain blocks", same=lambda v: ("movq" in str(v)) == movq)
+    for key in ("enc_type", "dec_type"):
+        f.check(key, "vit")
+    f.check("to_pixel", "linear")
+    f.check("use_rope", mixed or position == "axial")
+    if mixed:
+        f.check("rope_mixed", True)
+    if "enc_token_drop" in f.public:
+        f.check("enc_token_drop", masked, same=lambda v: (f.number("enc_token_drop", 0.0) > 0) == masked)
+    f.finish()
+    fields: dict[str, Any] = {
+        "image_size": shown(size),
+        "base_image_size": base,
+        "patch": patch,
+        "decoder_patch": None if decoder_patch == patch else decoder_patch,
+        "num_latent_tokens": count,
+        "latent_dim": latent_dim,
+        "encoder": encoder,
+        "decoder": decoder,
+        "decoder_kind": "movqv2" if movq else "plain",
+        "decoder_cls_token": cls,
+        "position": position,
+        "rope_theta": float(f.number("rope_theta", 10.0)),
+        "mask_token": masked,
+        "encoder_drop_path": float(f.number("enc_drop_path_rate", 0.0)),
+        "decoder_drop_path": float(f.number("dec_drop_path_rate", 0.0)),
+        "latent_mean": float(f.number("vq_mean", 0.0)),
+        "latent_std": float(f.number("vq_std", 1.0)),
+    }
+    return MAETokConfig(**{**fields, **unseen(given, ("rope_theta", "encoder_drop_path", "decoder_drop_path",
+                                                       "latent_mean", "latent_std"), fields)})  # fmt: skip
+
+
+def _export_maetok(config: MAETokConfig) -> dict[str, Any]:
+    movq = config.decoder_kind == "movqv2"
+    out: dict[str, Any] = {
+        "image_size": config.image_size if isinstance(config.image_size, int) else list(config.image_size),
+        "base_image_size": config.base_image_size,
+        "codebook_embed_dim": config.latent_dim,
+        "enc_type": "vit",
+        "dec_type": "vit",
+        "num_latent_tokens": config.num_latent_tokens,
+        "to_pixel": "linear",
+        "enc_pretrained": False,
+        "dec_pretrained": False,
+        "enc_patch_size": config.patch,
+        "dec_patch_size": config.out_patch,
+        "enc_drop_path_rate": config.encoder_drop_path,
+        "dec_drop_path_rate": config.decoder_drop_path,
+        "dec_cls_token": config.decoder_cls_token,
+        "use_ape": config.position == "absolute",
+        "use_rope": config.position != "absolute",
+        "rope_mixed": config.position == "mixed",
+        "rope_theta": config.rope_theta,
+        "enc_token_drop": 0.4 if config.mask_token else 0.0,
+        "enc_token_drop_max": 0.6,
+        "vq_mean": config.latent_mean,
+        "vq_std": config.latent_std,
+    }
+    for half, size, suffix in (
+        ("encoder", config.encoder, ".lvd142m"),
+        ("decoder", config.decoder, "_movq2" if movq else ".lvd142m"),
+    ):
+        word = _VIT_WORDS.get(size.dim, "custom")
+        out[f"{half}_model"] = f"vit_{word}_patch14_dinov2{suffix}"
+        if size != ViTSize(size.dim, _VIT_DEPTHS.get(size.dim, -1) if size.dim in _VIT_DEPTHS else 1, size.heads) or (
+            word == "custom" or size.heads != size.dim // 64
+        ):
+            out[f"{half}_size"] = {
+                "dim": size.dim,
+                "depth": size.depth,
+                "heads": size.heads,
+                "mlp_ratio": size.mlp_ratio,
+            }
+    return out
+
+
+MAETOK = Layout(
+    MAETok,
+    _MAETOK_TOLERATED,
+    ("*.freqs_t_x", "*.freqs_t_y", "decoder.latent_pos_embed"),
+    _detect_maetok,
+    _export_maetok,
+)
