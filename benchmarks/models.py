@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._inductor.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -82,7 +83,7 @@ def main() -> None:
 
 
 def compiled(fn: Callable[..., Any], freezing: bool) -> Callable[..., Any]:
-    """torch.compile of fn, with constant weights (packed by Inductor) when `freezing`; the flag holds while it compiles."""
+    """torch.compile of fn; with `freezing` (on while it compiles) Inductor packs the weights as constants."""
     made = torch.compile(fn, dynamic=False)
 
     def call(*inputs: Any) -> Any:

@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from maetok_fast.kernels import rope_attention
 from maetok_fast.kernels.linear import PackedLinear
@@ -113,12 +114,12 @@ class Plan:
 class PreparedGenerator(_Prepared):
     """A SiT or LightningDiT made fast. Called like the model; samplers use `plan` and `step`."""
 
-    @torch.no_grad()
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Velocity of latents x (B, L, C) or (B, C, H, W) at times t (B,) in [0, 1] for labels y (B,), in x's dtype."""
-        return self.model(self._input("x", x), t, y).to(x.dtype)
+        inputs = self._input("x", x)
+        with torch.no_grad():
+            return self.model(inputs, t, y).to(x.dtype)
 
-    @torch.no_grad()
     def plan(self, ts: Tensor, y: Tensor) -> Plan:
         """Prepare steps at times ts (S,) for the labels y (B,) of one forward, null labels included.
 
@@ -130,32 +131,35 @@ class PreparedGenerator(_Prepared):
             raise ValueError(f"y must be labels of shape (B,) with B >= 1, got {tuple(y.shape)}")
         return Plan(ts.to(y.device), y)
 
-    @torch.no_grad()
     def step(self, plan: Plan, i: int, x: Tensor) -> Tensor:
         """Velocity of x (B, ...) at time plan.ts[i] for the plan's labels; equals `self(x, ts[i], y)` to rounding."""
         if not 0 <= i < len(plan.ts):
             raise IndexError(f"step {i} is not one of the plan's {len(plan.ts)} steps")
-        if not plan.first <= i < plan.first + plan.chunk_steps or plan.modulations is None:
-            plan.modulations = None  # free the last chunk before the next is made
-            plan.first = i // plan.chunk_steps * plan.chunk_steps
-            ts = plan.ts[plan.first : plan.first + plan.chunk_steps]
-            t = ts.float().repeat_interleave(len(plan.labels))
-            plan.modulations = self.model.modulations(self.model.condition(t, plan.labels.repeat(len(ts))))
-        return self.model.forward_modulated(self._input("x", x), plan.of_step(i)).to(x.dtype)
+        inputs = self._input("x", x)
+        with torch.no_grad():
+            if plan.modulations is None or not plan.first <= i < plan.first + plan.chunk_steps:
+                plan.modulations = None  # free the last chunk before the next is made
+                plan.first = i // plan.chunk_steps * plan.chunk_steps
+                ts = plan.ts[plan.first : plan.first + plan.chunk_steps]
+                t = ts.float().repeat_interleave(len(plan.labels))
+                plan.modulations = self.model.modulations(self.model.condition(t, plan.labels.repeat(len(ts))))
+            return self.model.forward_modulated(inputs, plan.of_step(i)).to(x.dtype)
 
 
 class PreparedTokenizer(_Prepared):
     """A MAETok made fast."""
 
-    @torch.no_grad()
     def encode(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
         """images (B, 3, H, W) in [-1, 1] -> latents (B, L, H); see `MAETok.encode`."""
-        return self.model.encode(self._input("images", images), mask).to(images.dtype)
+        inputs = self._input("images", images)
+        with torch.no_grad():
+            return self.model.encode(inputs, mask).to(images.dtype)
 
-    @torch.no_grad()
     def decode(self, latents: Tensor, size: int | tuple[int, int] | None = None) -> Tensor:
         """latents (B, L, H) -> images (B, 3, height, width), not clamped; see `MAETok.decode`."""
-        return self.model.decode(self._input("latents", latents), size).to(latents.dtype)
+        inputs = self._input("latents", latents)
+        with torch.no_grad():
+            return self.model.decode(inputs, size).to(latents.dtype)
 
     def __call__(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
         """Reconstruction of images (B, 3, H, W)."""
@@ -233,6 +237,17 @@ def _scaled(linear: nn.Linear, gamma: Tensor | None, dtype: torch.dtype) -> Pack
     return PackedLinear(linear.weight.to(wide) * gamma[:, None], bias, dtype=dtype)
 
 
+def _split(linear: nn.Linear, count: int, dtype: torch.dtype) -> nn.ModuleList:
+    """One layer per equal part of the output: each part comes out contiguous instead of being copied."""
+    parts = nn.ModuleList()
+    for weight, bias in zip(linear.weight.chunk(count), linear.bias.chunk(count), strict=True):
+        part = nn.Linear(0, 0, device="meta")
+        part.weight = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
+        part.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+        parts.append(part)
+    return parts
+
+
 class _ViTBlock(nn.Module):
     """Both block kinds of the tokenizer: plain (LayerScale folded into proj and fc2) and MoVQ (latents modulate)."""
 
@@ -240,7 +255,7 @@ class _ViTBlock(nn.Module):
         super().__init__()
         movq = isinstance(block, MoVQBlock)
         self.norm1, self.norm2 = _clone(block.norm1, dtype), _clone(block.norm2, dtype)
-        self.adaLN_modulation = _rebuild(block.adaLN_modulation, dtype) if movq else None
+        self.parts = _split(block.adaLN_modulation[1], 4, dtype) if movq else None
         self.heads, self.head_dim = block.attn.num_heads, block.attn.head_dim
         self.qkv = PackedLinear.of(block.attn.qkv, dtype=dtype)
         self.proj = _scaled(block.attn.proj, None if movq else block.ls1.gamma, dtype)
@@ -251,16 +266,20 @@ class _ViTBlock(nn.Module):
     ) -> Tensor:
         """As the models' blocks. identical > 1: the tokens prefix .. prefix + identical - 1 are all the same."""
         batch, tokens, _ = x.shape
-        modulation: tuple[Any, ...] = (None,) * 4
-        if self.adaLN_modulation is not None:
-            modulation = self.adaLN_modulation(latents).chunk(4, dim=-1)
+        first, stop = (0, tokens) if keep is None else (keep.start, keep.stop)
+        shifts_scales: list[Any] = [None] * 4
+        if self.parts is not None:
+            activated = F.silu(latents)
+            # pruned to the image tokens, a last block has no modulated token at its second norm
+            shifts_scales[: 4 if stop == tokens else 2] = [
+                part(activated) for part in self.parts[: 4 if stop == tokens else 2]
+            ]
         after = prefix + identical
         rows = x if identical == 1 else torch.cat([x[:, : prefix + 1], x[:, after:]], dim=1)
-        qkv = self.qkv(self._norm(self.norm1, rows, *modulation[:2]))
+        qkv = self.qkv(self._norm(self.norm1, rows, *shifts_scales[:2]))
         if identical > 1:
             same = qkv[:, prefix : prefix + 1].expand(-1, identical, -1)
             qkv = torch.cat([qkv[:, :prefix], same, qkv[:, prefix + 1 :]], dim=1)
-        first, stop = (0, tokens) if keep is None else (keep.start, keep.stop)
         y = rope_attention(
             qkv.view(batch, tokens, 3, self.heads, self.head_dim),
             rope,
@@ -269,9 +288,7 @@ class _ViTBlock(nn.Module):
             num_queries=stop - first,
         )
         x = self.proj(y, add=x[:, first:stop])
-        # pruned to the image tokens, no modulated token is left
-        shift, scale = modulation[2:] if stop == tokens else (None, None)
-        return self.mlp(self._norm(self.norm2, x, shift, scale), add=x)
+        return self.mlp(self._norm(self.norm2, x, *shifts_scales[2:]), add=x)
 
     def _norm(self, norm: nn.Module, x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
         return norm(x) if scale is None else norm(x, shift, scale, offset=0.0)

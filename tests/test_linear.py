@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
-
 from maetok_fast.kernels import _native
 from maetok_fast.kernels.linear import ACTIVATIONS, PackedLinear, why_not_packed
+from torch import Tensor, nn
 
 CPU = torch.device("cpu")
 
@@ -18,9 +17,12 @@ def ulps(dtype: torch.dtype, size: float, count: int = 2) -> float:
 
 def assert_rule(got: Tensor, plain: Tensor, exact: Tensor) -> None:
     """The rule on the largest error of the whole tensor."""
-    assert got.dtype == plain.dtype and got.shape == exact.shape
+    assert got.dtype == plain.dtype
+    assert got.shape == exact.shape
     ours, theirs = ((y.double() - exact).abs().max().item() for y in (got, plain))
-    assert ours <= 2 * theirs + ulps(got.dtype, exact.abs().max().item()), f"error {ours:.3g}, plain torch's {theirs:.3g}"
+    assert ours <= 2 * theirs + ulps(got.dtype, exact.abs().max().item()), (
+        f"error {ours:.3g}, plain torch's {theirs:.3g}"
+    )
 
 
 def layer(inner: int, outer: int, bias: bool = True) -> nn.Linear:
@@ -72,7 +74,7 @@ def test_input_with_odd_strides() -> None:
 
 
 @pytest.mark.skipif(_native.why_missing() is not None, reason="native library missing")
-@pytest.mark.parametrize("kind, activation", [(0, "gelu_tanh"), (1, "silu")])
+@pytest.mark.parametrize(("kind", "activation"), [(0, "gelu_tanh"), (1, "silu")])
 def test_native_activation_on_every_bf16_value(kind: int, activation: str) -> None:
     x = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
     got = x.clone()
@@ -83,7 +85,8 @@ def test_native_activation_on_every_bf16_value(kind: int, activation: str) -> No
     v = x[finite].double()
     # the same formula without the cancellation of 1 + tanh
     exact = v * torch.sigmoid(v if activation == "silu" else 2 * (2 / torch.pi) ** 0.5 * (v + 0.044715 * v**3))
-    # one rounding of a value good to 1/800 of half a step, 2^-8 of the value at most; below the normal range of fp32 anything tiny will do
+    # one rounding, 2^-8 of the value at most, of a value good to 1/800 of that; below fp32's normal range anything
+    # tiny will do
     error = (got[finite].double() - exact).abs()
     assert (error <= exact.abs() * 2**-8 * 1.01 + 1e-32).all()
 

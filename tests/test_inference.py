@@ -1,0 +1,205 @@
+"""Prepared models against the models they were made of, in fp64, by the correctness rule.
+
+err(prepared, fp64 model) <= 2 * err(model in the same dtype, fp64 model) + 2 ulp, errors as root mean squares over the
+output: a network's largest error over a few hundred values is one draw of the rounding, its root mean square is not.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from maetok_fast.diffusion import sample
+from maetok_fast.inference import PLAN_ROWS, prepare
+from maetok_fast.models import LightningDiT, LightningDiTConfig, MAETok, MAETokConfig, SiT, SiTConfig, ViTSize
+from maetok_fast.precision import Precision, resolve
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def randomised(model: nn.Module) -> Any:
+    """Zero-initialised gates would hide most of the network."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.requires_grad and "freqs" not in name:
+                p.copy_(torch.randn(p.shape) * 0.06 + (0.8 if name.endswith(("norm1.weight", "gamma")) else 0))
+    return model.eval()
+
+
+def rms(x: Tensor) -> float:
+    return x.double().square().mean().sqrt().item()
+
+
+def assert_rule(got: Tensor, plain: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
+    assert got.shape == exact.shape
+    assert torch.isfinite(got).all()
+    ours, theirs = rms(got - exact), rms(plain - exact)
+    limit = 2 * theirs + 2 * torch.finfo(dtype).eps * rms(exact)
+    assert ours <= limit, f"error {ours:.3g}, the model's own {theirs:.3g}, limit {limit:.3g}"
+
+
+def small(**changes: Any) -> dict[str, Any]:
+    return {"tokens": 12, "channels": 8, "dim": 96, "depth": 3, "heads": 4, "num_classes": 20} | changes
+
+
+GENERATORS = {
+    "sit": lambda: SiT(SiTConfig(**small())),
+    "sit, q/k norm": lambda: SiT(SiTConfig(**small(qk_norm=True))),
+    "sit on a grid": lambda: SiT(SiTConfig(**small(tokens=(4, 6), patch=2, channels=4, learn_sigma=True, time="sit"))),
+    "lightningdit": lambda: LightningDiT(LightningDiTConfig(**small(tokens=(4, 3)), qk_norm=True)),
+    "lightningdit, 1-D, gelu, no shift": lambda: LightningDiT(
+        LightningDiTConfig(**small(), rmsnorm=False, swiglu=False, shift=False)
+    ),
+}
+
+
+def generator_inputs(model: Any, batch: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    tokens, channels = model.config.tokens, model.config.channels
+    shape = (batch, tokens, channels) if isinstance(tokens, int) else (batch, channels, *tokens)
+    return torch.randn(shape), torch.rand(batch), torch.tensor([1, 5, 20, 1, 7])[:batch]
+
+
+@pytest.fixture(scope="module", params=GENERATORS)
+def generator(request: pytest.FixtureRequest) -> Any:
+    return randomised(GENERATORS[request.param]())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_generator_equals_the_model(generator: Any, dtype: torch.dtype) -> None:
+    before = copy.deepcopy(generator.state_dict())
+    x, t, y = generator_inputs(generator)
+    x = x.to(dtype)
+    with torch.no_grad():
+        exact = copy.deepcopy(generator).double()(x.double(), t.double(), y)
+        plain = copy.deepcopy(generator).to(dtype)(x, t, y)
+    fast = prepare(generator, dtype)
+    assert_rule(fast(x, t, y), plain, exact, dtype)
+    assert fast(x.float(), t, y).dtype == torch.float32
+    for name, value in generator.state_dict().items():
+        assert torch.equal(value, before[name]), f"prepare changed {name}"
+    assert all(p.requires_grad for n, p in generator.named_parameters() if "pos_embed" not in n)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_steps_of_a_plan_equal_forwards(generator: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With repeated labels, with all different ones, and with chunks shorter than the plan."""
+    x, _, y = generator_inputs(generator, 4)
+    x, ts = x.to(dtype), torch.linspace(1, 0, 8)[:-1].double()
+    fast = prepare(generator, dtype)
+    for labels in (y, torch.arange(4), torch.arange(4).flip(0)):
+        for limit in (PLAN_ROWS, 2 * len(labels.unique())):
+            monkeypatch.setattr("maetok_fast.inference.PLAN_ROWS", limit)
+            plan = fast.plan(ts, labels)
+            for i in (0, 1, 2, 6, 3):
+                want = fast(x, torch.full((4,), ts[i].item()), labels)
+                got = fast.step(plan, i, x)
+                assert rms(got - want) <= 4 * torch.finfo(dtype).eps * rms(want)
+                assert plan.modulations is not None
+                assert len(plan.modulations.final) <= max(limit, len(plan.labels))
+
+
+def test_guided_batch_shares_the_null_row() -> None:
+    """Guidance over a plan equals the doubled batch, and holds one row per distinct label."""
+    model = randomised(SiT(SiTConfig(**small(num_classes=1000))))
+    fast = prepare(model, torch.float32)
+    y = torch.tensor([3, 4, 3, 9])
+    both = torch.cat([y, torch.full_like(y, 1000)])
+    plan = fast.plan(torch.tensor([0.7, 0.2]), both)
+    x = torch.randn(4, 12, 8)
+    doubled = torch.cat([x, x])
+    with torch.no_grad():
+        want = model(doubled, torch.full((8,), 0.2), both)
+    got = fast.step(plan, 1, doubled)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert len(plan.modulations.final) == 2 * 4  # 2 steps of labels 3, 4, 9 and null
+    a = sample(model, x, y, steps=3, method="euler", guidance=2.0)
+    b = sample(fast, x, y, steps=3, method="euler", guidance=2.0)
+    torch.testing.assert_close(a.latents, b.latents, rtol=1e-4, atol=1e-4)
+    assert (a.nfe, a.rows) == (b.nfe, b.rows)
+
+
+SIZE = ViTSize(dim=96, depth=3, heads=4)
+TOKENIZERS = {
+    "movq": {},
+    "plain": {"decoder_kind": "plain"},
+    "plain, decoder cls, axial": {"decoder_kind": "plain", "decoder_cls_token": True, "position": "axial"},
+    "movq, absolute": {"position": "absolute"},
+    "movq, decoder cls": {"decoder_cls_token": True},
+    "no latent tokens": {"num_latent_tokens": 0},
+}
+
+
+@pytest.fixture(scope="module", params=TOKENIZERS)
+def tokenizer(request: pytest.FixtureRequest) -> Any:
+    settings = {"num_latent_tokens": 6, "latent_dim": 8} | TOKENIZERS[request.param]
+    return randomised(MAETok(MAETokConfig(image_size=32, patch=8, encoder=SIZE, decoder=SIZE, **settings)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [(32, 32), (24, 48)], ids=str)
+def test_tokenizer_equals_the_model(tokenizer: Any, dtype: torch.dtype, size: tuple[int, int]) -> None:
+    if tokenizer.config.position == "absolute" and size != (32, 32) and dtype == torch.bfloat16:
+        pytest.skip("resampling positions is torch's own work")
+    images = (torch.rand(2, 3, *size) * 2 - 1).to(dtype)
+    mask = torch.rand(2, size[0] * size[1] // 64) < 0.5
+    exact_model, plain_model = copy.deepcopy(tokenizer).double(), copy.deepcopy(tokenizer).to(dtype)
+    fast = prepare(tokenizer, dtype)
+    with torch.no_grad():
+        for given in (None, mask):
+            exact, plain = exact_model.encode(images.double(), given), plain_model.encode(images, given)
+            assert_rule(fast.encode(images, given), plain, exact, dtype)
+        latents = exact.to(dtype)
+        exact, plain = exact_model.decode(latents.double(), size), plain_model.decode(latents, size)
+        assert_rule(fast.decode(latents, size), plain, exact, dtype)
+        assert fast(images.float()).shape == images.shape
+        assert fast(images.float()).dtype == torch.float32
+
+
+def test_what_prepare_refuses() -> None:
+    model = randomised(SiT(SiTConfig(**small())))
+    with pytest.raises(TypeError, match="not Linear"):
+        prepare(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="fp8"):
+        prepare(model, "fp8")
+    with pytest.raises(ValueError, match="unknown precision"):
+        prepare(model, torch.float64)
+    fast = prepare(model, "bf16")
+    x, t, y = generator_inputs(model)
+    with pytest.raises(RuntimeError, match="no gradients"):
+        fast(x.requires_grad_(), t, y)
+    with pytest.raises(TypeError, match="floating-point"):
+        fast(torch.zeros(3, 12, 8, dtype=torch.int64), t, y)
+    with pytest.raises(IndexError, match="step 2"):
+        fast.step(fast.plan(torch.tensor([0.5, 0.1]), y), 2, x.detach())
+    with pytest.raises(ValueError, match="ts must be"):
+        fast.plan(torch.tensor([1, 0]), y)
+    assert "SiTConfig" in repr(fast)
+
+
+def test_training_mode_is_left_behind() -> None:
+    model = randomised(SiT(SiTConfig(**small()))).train()
+    x, t, y = generator_inputs(model)
+    fast = prepare(model, torch.float32)
+    assert model.training
+    assert torch.equal(fast(x, t, y), fast(x, t, y))
+
+
+def test_precision_names() -> None:
+    assert resolve("bf16") is resolve(torch.bfloat16) is resolve(resolve("bf16"))
+    assert resolve("fp32").dtype == torch.float32
+    with resolve("bf16").autocast("cpu"):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+    with resolve("fp32").autocast("cpu"):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+    with pytest.raises(ValueError, match=r"capability 8\.9"):
+        resolve("fp8", "cpu")
+    with pytest.raises(ValueError, match="CUDA"):
+        resolve("fp16", "cpu")
+    with pytest.raises(ValueError, match="expected one of fp32"):
+        resolve("int4")
+    assert resolve(Precision("fp32", torch.float32)).name == "fp32"
