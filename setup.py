@@ -76,7 +76,9 @@ def find_cuda() -> tuple[str, Path]:
     """(nvcc, toolkit prefix). nvcc itself is asked for the prefix: on PATH it is often a wrapper script elsewhere."""
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     candidates = [str(Path(home) / "bin" / "nvcc") for home in homes]
-    nvcc = next((found for found in map(shutil.which, [*candidates, "nvcc", "/usr/local/cuda/bin/nvcc"]) if found), None)
+    nvcc = next(
+        (found for found in map(shutil.which, [*candidates, "nvcc", "/usr/local/cuda/bin/nvcc"]) if found), None
+    )
     if nvcc is None:
         raise CannotBuild("nvcc was not found (looked in $CUDA_HOME/bin, on PATH and in /usr/local/cuda/bin)")
     top = re.search(r"^#\$ TOP=(.+)$", run([nvcc, "--dryrun", "-x", "cu", os.devnull]), re.M)
@@ -136,7 +138,9 @@ class BuildNative(build_ext):
         return Path(self.build_lib, "maetok_fast", "kernels")
 
     def get_outputs(self) -> list[str]:
-        return [str(path) for path in (self.output_folder() / "_csrc.so", self.output_folder() / REASON) if path.exists()]
+        return [
+            str(path) for path in (self.output_folder() / "_csrc.so", self.output_folder() / REASON) if path.exists()
+        ]
 
     def get_output_mapping(self) -> dict[str, str]:
         if not self.editable_mode:
@@ -219,7 +223,9 @@ class BuildNative(build_ext):
             list(pool.map(run, jobs))
         ffi = Path(find_libtvm_ffi())
         # GNU libgomp's soname is libgomp.so.1; torch has loaded its own copy under that name by the time this is loaded.
-        run([*cxx, "-shared", "-fopenmp", *outputs, f"-L{ffi.parent}", "-ltvm_ffi", *cuda_libraries, "-o", str(library)])
+        run(
+            [*cxx, "-shared", "-fopenmp", *outputs, f"-L{ffi.parent}", "-ltvm_ffi", *cuda_libraries, "-o", str(library)]
+        )
         gpu = f"CUDA {' '.join(cuda[2])}" if cuda is not None else "no CUDA"
         return f"CPU {' '.join(variants)}; {gpu}; {library.stat().st_size / 1e6:.1f} MB"
 

@@ -97,7 +97,11 @@ PACKAGES: dict[str, Package] = {
             ("nvidia-dali-cuda130", "nvidia-dali-cuda120"),
         ),
         Package(
-            "cupy", "GPU arrays", "pip install cupy-cuda13x", ("cupy-cuda13x", "cupy-cuda12x", "cupy"), check=_cupy_device
+            "cupy",
+            "GPU arrays",
+            "pip install cupy-cuda13x",
+            ("cupy-cuda13x", "cupy-cuda12x", "cupy"),
+            check=_cupy_device,
         ),
     )
 }

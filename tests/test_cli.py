@@ -53,7 +53,9 @@ def test_version_and_help_load_no_torch() -> None:
 
 def test_missing_package_names_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(_optional.MissingPackage, match="lpips is needed for rFID and is not installed: pip install lpips"):
+    with pytest.raises(
+        _optional.MissingPackage, match="lpips is needed for rFID and is not installed: pip install lpips"
+    ):
         _optional.require("lpips", "rFID")
 
 

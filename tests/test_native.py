@@ -50,7 +50,14 @@ def gradients(f: Callable[..., Tensor], inputs: Sequence[Tensor], dy: Tensor, dt
 
 
 @settings(max_examples=40, deadline=None, database=None)
-@given(B=st.integers(1, 3), N=sizes, D=sizes, kind=st.integers(0, 2), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99))
+@given(
+    B=st.integers(1, 3),
+    N=sizes,
+    D=sizes,
+    kind=st.integers(0, 2),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 99),
+)
 def test_gate_residual(B: int, N: int, D: int, kind: int, dtype: torch.dtype, seed: int) -> None:
     torch.manual_seed(seed)
     x, branch, dy = (torch.randn(B, N, D).to(dtype) for _ in range(3))
@@ -78,7 +85,9 @@ def test_gate_residual(B: int, N: int, D: int, kind: int, dtype: torch.dtype, se
     dtype=st.sampled_from(DTYPES),
     data=st.data(),
 )
-def test_adaln(B: int, N: int, D: int, mode: str, affine: bool, offset: float, dtype: torch.dtype, data: st.DataObject) -> None:
+def test_adaln(
+    B: int, N: int, D: int, mode: str, affine: bool, offset: float, dtype: torch.dtype, data: st.DataObject
+) -> None:
     torch.manual_seed(data.draw(st.integers(0, 99)))
     T = {"none": 0, "sample": 1, "token": data.draw(st.integers(1, N))}[mode]
     x, dy = torch.randn(B, N, D).to(dtype), torch.randn(B, N, D).to(dtype)
@@ -101,7 +110,13 @@ def test_adaln(B: int, N: int, D: int, mode: str, affine: bool, offset: float, d
     lib.adaln_fwd(x, *arguments, y, moments, 1e-6, offset, sample)
     dx, dshift, dscale = poisoned(x), poisoned(shift), poisoned(scale)
     dweight, dbias = (poisoned(weight, torch.float32) for _ in range(2))
-    outs = (dx, dshift if mod else None, dscale if mod else None, dweight if affine else None, dbias if affine else None)
+    outs = (
+        dx,
+        dshift if mod else None,
+        dscale if mod else None,
+        dweight if affine else None,
+        dbias if affine else None,
+    )
     lib.adaln_bwd(dy, x, *arguments[1:], moments, *outs, offset, sample)
     present = [True, True, mod, mod, affine, affine]
     names = [n for n, p in zip("y dx dshift dscale dweight dbias".split(), present, strict=True) if p]
@@ -175,7 +190,19 @@ def test_rope_rotate(
     # Gradients with strides: attention hands back (B, H, N, hd) transposed.
     dq, dk, dv = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in dy.split([queries, N, N], 1))
     lib.rope_rotate_bwd(
-        qkv, rope if rotated else None, *ws, dq, dk, dv, dqkv, drope if rotated else None, dweights, prefix, first, norm, 1e-6
+        qkv,
+        rope if rotated else None,
+        *ws,
+        dq,
+        dk,
+        dv,
+        dqkv,
+        drope if rotated else None,
+        dweights,
+        prefix,
+        first,
+        norm,
+        1e-6,
     )
     if not rotated:
         drope = torch.zeros_like(rope)
