@@ -203,8 +203,7 @@ class BuildNative(build_ext):
             if "MF_HOST_ONLY" in source.read_text():
                 continue
             for name, machine in variants.items():
-                # -fno-trapping-math and -ffp-contract let the compiler use FMA and blends; the results of one variant stay
-                # the same from run to run and from thread count to thread count.
+                # No -ffast-math: NaN and infinity count, and the order of sums is the source's.
                 kernel = [*machine, f"-DMF_VARIANT={name}", f"-I{CSRC}", "-fno-trapping-math", "-fno-math-errno"]
                 compile_([*cxx, *flags], source, name, *kernel)
         if cuda is not None:
@@ -222,7 +221,7 @@ class BuildNative(build_ext):
         with ThreadPoolExecutor(workers) as pool:
             list(pool.map(run, jobs))
         ffi = Path(find_libtvm_ffi())
-        # GNU libgomp's soname is libgomp.so.1; torch has loaded its own copy under that name by the time this is loaded.
+        # libgomp.so.1 is the soname under which torch has loaded its own copy by the time that this is loaded.
         run(
             [*cxx, "-shared", "-fopenmp", *outputs, f"-L{ffi.parent}", "-ltvm_ffi", *cuda_libraries, "-o", str(library)]
         )

@@ -1,10 +1,10 @@
 """Finds the native library (csrc/), or says why there is none.
 
-``why_missing()`` is cheap and never raises; ``lib()`` returns the library or raises RuntimeError with that reason and the
-cure. Nothing is loaded on import.
+``why_missing()`` is cheap and never raises; ``lib()`` returns the library or raises RuntimeError with that reason and
+the cure. Nothing is loaded on import.
 
-Every function of the library writes into the tensors it is given and returns nothing. Tensors are contiguous, on the CPU,
-float32, bfloat16 or float16 unless said; sums run in float32, results do not depend on the number of threads.
+Every function of the library writes into the tensors it is given and returns nothing. Tensors are contiguous, on the
+CPU (gate_residual_fwd: or on one GPU), float32, bfloat16 or float16 unless said; sums run in float32, results do not depend on the number of threads.
 ``T | None`` may be None.
 
     rope_rotate(qkv, rope|None, q_weight|None, q_bias|None, k_weight|None, k_bias|None, q_out, k_out,
@@ -15,8 +15,8 @@ float32, bfloat16 or float16 unless said; sums run in float32, results do not de
         q_out, dq (B, Nq, H, hd); k_out, dk, dv (B, N, H, hd); dq, dk, dv: any strides, last dimension contiguous;
         dweights (4, hd) fp32: dq_weight, dq_bias, dk_weight, dk_bias; norm 0 none, 1 rms, 2 layer
     adaln_fwd(x, shift|None, scale|None, weight|None, bias|None, y, mean_rstd, eps, offset, per_sample)
-    adaln_bwd(dy, x, scale|None, weight|None, bias|None, mean_rstd, dx, dshift|None, dscale|None, dweight|None, dbias|None,
-              offset, per_sample)
+    adaln_bwd(dy, x, scale|None, weight|None, bias|None, mean_rstd, dx, dshift|None, dscale|None,
+              dweight|None, dbias|None, offset, per_sample)
         x, y, dy, dx (B, N, D) of one dtype; shift, scale (B, T, D), the last T tokens, or per_sample=1 with T=1: all
         tokens; weight, bias (D,); these four and their gradients of any of the three dtypes, dweight and dbias fp32;
         mean_rstd (B*N, 2) fp32. bias enters the gradient of scale.
@@ -25,6 +25,7 @@ float32, bfloat16 or float16 unless said; sums run in float32, results do not de
         gate_kind 0: (D,), 1: (B, D), 2: (B, N, D); for 2 gate and dgate have x's dtype, else any of the three
     cpu_variant() -> "x86-64-v2" | "avx2" | "avx512" | "generic"
     cuda_archs() -> "8.0 9.0 ...", "" when built without nvcc
+    cuda_status() -> "" when the CUDA kernels can run on this machine, else why not (only when built with nvcc)
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def why_missing() -> str | None:
 
 
 def lib() -> Any:
-    """The native library: a module with the functions above. RuntimeError with the reason and the cure if there is none."""
+    """The native library, a module with the functions above; RuntimeError with the reason and the cure if there is none."""
     library, reason = _load()
     if library is None:
         raise RuntimeError(f"{reason}; {_CURE}")

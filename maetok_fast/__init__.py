@@ -1,4 +1,4 @@
-"""maetok_fast: fast kernels, models and benchmarks for the MAETok image tokenizer and the generators on its latent tokens.
+"""maetok_fast: fast kernels and models for the MAETok image tokenizer and the generators on its latent tokens.
 
 Arrows point down only; importing this package loads nothing, every part is loaded when it is first named:
 

@@ -39,8 +39,8 @@ class Status:
 
 @dataclass(frozen=True)
 class Package:
-    """module: what is imported; distributions: who may provide it; install: the command that gets it; check: called with
-    the imported module, returns why it is of no use or None."""
+    """module: what is imported; distributions: who may provide it; install: the command that gets it; check: called
+    with the imported module, returns why it is of no use or None."""
 
     module: str
     purpose: str
@@ -73,6 +73,7 @@ PACKAGES: dict[str, Package] = {
         Package("matplotlib", "pictures of the benchmark", "pip install matplotlib", ("matplotlib",)),
         Package("skimage", "the benchmark's photographs", "pip install scikit-image", ("scikit-image",)),
         Package("sklearn", "latent-space analysis and photographs", "pip install scikit-learn", ("scikit-learn",)),
+        Package("torchdiffeq", "the dopri5 sampler", "pip install torchdiffeq", ("torchdiffeq",)),
         Package("torchao", "FP8 training", "pip install torchao", ("torchao",)),
         Package(
             "flash_attn",
@@ -152,7 +153,7 @@ def probe(name: str) -> Status:
 
 
 def require(name: str, purpose: str | None = None) -> ModuleType:
-    """The package `name` (a key of PACKAGES), imported. MissingPackage, one sentence with the cure, if that cannot be."""
+    """The package `name` (a key of PACKAGES), imported; MissingPackage, one sentence with the cure, if it cannot be."""
     package = PACKAGES[name]
     status = probe(name)
     purpose = purpose or package.purpose

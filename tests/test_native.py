@@ -14,10 +14,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from maetok_fast.kernels import _native
 from torch import Tensor
 from torch.nn import functional as F
-
-from maetok_fast.kernels import _native
 
 pytestmark = pytest.mark.skipif(_native.why_missing() is not None, reason=str(_native.why_missing()))
 
@@ -119,7 +118,7 @@ def test_adaln(
     )
     lib.adaln_bwd(dy, x, *arguments[1:], moments, *outs, offset, sample)
     present = [True, True, mod, mod, affine, affine]
-    names = [n for n, p in zip("y dx dshift dscale dweight dbias".split(), present, strict=True) if p]
+    names = [n for n, p in zip(["y", "dx", "dshift", "dscale", "dweight", "dbias"], present, strict=True) if p]
     check(
         " ".join(names),
         [t for t in (y, *outs) if t is not None],
@@ -207,7 +206,6 @@ def test_rope_rotate(
     if not rotated:
         drope = torch.zeros_like(rope)
     y = torch.cat([q, k, qkv[:, :, 2]], 1)
-    # The plain path rounds every product, the kernel only its outputs; the float32 gradients are held to the same bound.
     check("qk dqkv drope dweights", (y, dqkv, drope, dweights), plain, exact)
 
 
@@ -292,9 +290,9 @@ def test_errors_name_the_argument_and_the_cure() -> None:
     with pytest.raises(ValueError, match="T = 1 with per_sample = 1"):
         lib.adaln_fwd(x, torch.randn(2, 3, 8), None, None, None, x.clone(), torch.empty(10, 2), 1e-6, 1.0, 1)
     qkv, out = torch.randn(1, 4, 3, 2, 8), torch.empty(1, 4, 2, 8)
-    with pytest.raises(ValueError, match="rope covers tokens 2..6, outside the 4"):
+    with pytest.raises(ValueError, match=r"rope covers tokens 2\.\.6, outside the 4"):
         lib.rope_rotate(qkv, torch.randn(2, 2, 4, 4), *[None] * 4, out, out.clone(), 2, 0, 0, 1e-6)
-    with pytest.raises(ValueError, match="queries 3..7 are outside the 4 tokens"):
+    with pytest.raises(ValueError, match=r"queries 3\.\.7 are outside the 4 tokens"):
         lib.rope_rotate(qkv, None, *[None] * 4, out, out.clone(), 0, 3, 0, 1e-6)
 
 
@@ -342,9 +340,9 @@ def test_every_instruction_set(variant: str) -> None:
     best = _native.lib().cpu_variant()
     if best not in VARIANTS or VARIANTS.index(variant) >= VARIANTS.index(best):
         pytest.skip(f"this processor runs {best}: that variant is the one tested above, or too new for it")
+    tests = "test_gate_residual or test_adaln or test_rope_rotate or test_special or test_rounding"
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-        + ["-k", "test_gate_residual or test_adaln or test_rope_rotate or test_special or test_rounding"],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", tests],
         capture_output=True,
         text=True,
         env={**os.environ, "MAETOK_FAST_CPU": variant},

@@ -163,7 +163,7 @@ def test_sdist_holds_what_a_build_needs(tree: Path, tmp_path: Path) -> None:
 
 
 def test_library_brings_no_cuda_runtime() -> None:
-    """It has to load on machines without a CUDA toolkit or driver: libcudart is inside, libcuda is opened when needed."""
+    """It loads on machines without a CUDA toolkit or driver: libcudart is inside, libcuda is opened when needed."""
     from maetok_fast.kernels import _native
 
     if _native.why_missing() is not None or shutil.which("readelf") is None:
