@@ -60,6 +60,9 @@ class PackedLinear(nn.Module):
     ValueError for an unknown activation or shapes that do not fit.
     """
 
+    weight: Tensor
+    bias: Tensor | None
+
     def __init__(
         self,
         weight: Tensor,
@@ -101,21 +104,28 @@ class PackedLinear(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor, *, add: Tensor | None = None, mul: Tensor | None = None) -> Tensor:
-        """x (..., in) of the module's dtype -> (..., out): act(x W^T + b), then `+ add` or `* mul` (..., out)."""
+        """x (..., in) of the module's dtype -> (..., out): act(x W^T + b), then `+ add` or `* mul` (..., out).
+
+        One of the two at most.
+        """
+        if add is not None and mul is not None:
+            raise ValueError("PackedLinear takes add or mul, not both; do one of them outside")
         if self.backend == "dense":
-            y = self._plain(F.linear(x, self.weight, self.bias))
-            return y if add is None and mul is None else y + add if mul is None else y * mul
-        if (add is None and mul is None) or self.activation != "none":
-            if self._native_kind is None:
-                y = torch.ops.mkldnn._linear_pointwise(
-                    x, self._packed, self.bias, self._epilogue[0], [], self._epilogue[1]
-                )
-            else:
-                y = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
-                _native.lib().activation_bf16(y, self._native_kind)
-            return y if add is None and mul is None else y + add if mul is None else y * mul
-        other, name = (add, "add") if mul is None else (mul, "mul")
-        return torch.ops.mkldnn._linear_pointwise.binary(x, other, self._packed, self.bias, name)
+            return _apart(self._plain(F.linear(x, self.weight, self.bias)), add, mul)
+        other = add if mul is None else mul
+        if other is not None and self.activation == "none":
+            name = "add" if mul is None else "mul"
+            return torch.ops.mkldnn._linear_pointwise.binary(x, other, self._packed, self.bias, name)
+        name, variant = self._epilogue if self._native_kind is None else ("none", "")
+        y = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, name, [], variant)
+        if self._native_kind is not None:
+            _native.lib().activation_bf16(y, self._native_kind)
+        return _apart(y, add, mul)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.activation}, {self.dtype}, {self.backend}"
+
+
+def _apart(y: Tensor, add: Tensor | None, mul: Tensor | None) -> Tensor:
+    y = y if mul is None else y * mul
+    return y if add is None else y + add

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -241,7 +241,7 @@ def _split(linear: nn.Linear, count: int, dtype: torch.dtype) -> nn.ModuleList:
     """One layer per equal part of the output: each part comes out contiguous instead of being copied."""
     parts = nn.ModuleList()
     for weight, bias in zip(linear.weight.chunk(count), linear.bias.chunk(count), strict=True):
-        part = nn.Linear(0, 0, device="meta")
+        part = nn.Linear(*weight.shape[::-1], device="meta")
         part.weight = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
         part.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
         parts.append(part)
@@ -253,13 +253,16 @@ class _ViTBlock(nn.Module):
 
     def __init__(self, block: Block | MoVQBlock, dtype: torch.dtype) -> None:
         super().__init__()
-        movq = isinstance(block, MoVQBlock)
+        attention_scale = mlp_scale = self.parts = None
+        if isinstance(block, MoVQBlock):
+            self.parts = _split(cast(nn.Linear, block.adaLN_modulation[1]), 4, dtype)
+        else:
+            attention_scale, mlp_scale = block.ls1.gamma, block.ls2.gamma
         self.norm1, self.norm2 = _clone(block.norm1, dtype), _clone(block.norm2, dtype)
-        self.parts = _split(block.adaLN_modulation[1], 4, dtype) if movq else None
         self.heads, self.head_dim = block.attn.num_heads, block.attn.head_dim
         self.qkv = PackedLinear.of(block.attn.qkv, dtype=dtype)
-        self.proj = _scaled(block.attn.proj, None if movq else block.ls1.gamma, dtype)
-        self.mlp = _PackedMlp(block.mlp, dtype, None if movq else block.ls2.gamma)
+        self.proj = _scaled(block.attn.proj, attention_scale, dtype)
+        self.mlp = _PackedMlp(block.mlp, dtype, mlp_scale)
 
     def forward(
         self, x: Tensor, rope: Tensor | None, prefix: int, latents: Tensor, keep: slice | None, identical: int = 1
