@@ -21,6 +21,7 @@ from maetok_fast.diffusion import sample
 from maetok_fast.inference import prepare
 
 TRAIN_BATCH = 256  # images that share one optimizer step, as in published SiT training
+BUDGET = {"full": 240.0, "quick": 40.0}  # seconds; once spent, a group's first calls are its samples
 OUR_STEPS = 2  # sampling steps in one timed call of ours
 
 
@@ -34,8 +35,8 @@ class Job:
         self.size = _workload.SIZES[args.model]
         self.many = (args.res // 16) ** 2
         self.batch = {"few": args.batch, "many": max(1, args.batch * args.tokens // self.many)}
-        self.seconds = 1.0 if args.quick else 10.0  # for one group of repetitions
-        self.rounds = 2 if args.quick else 3
+        self.start, self.budget = time.perf_counter(), BUDGET["quick" if args.quick else "full"]
+        self.rounds = 3 if args.quick else 5
         self.matmul_size = 256 if args.model == "tiny" else 4096
         self.rows: dict[str, Row] = {}
         self.notes: list[str] = []
@@ -75,7 +76,7 @@ class Job:
             cases = self._tokenizer_peers(model, images, latents[: len(images)])
             cases[f"ours-few-{args.dtype} encode"] = _bind(fast.encode, images.to(self.dtype))
             cases[f"ours-few-{args.dtype} decode"] = _bind(fast.decode, latents[: len(images)])
-            times = interleave(cases, self.device, seconds=1.5 * self.seconds, rounds=self.rounds, tick=self.tick)
+            times = interleave(cases, self.device, until=self._until(0.2), rounds=self.rounds, tick=self.tick)
         for name, timing in times.items():
             key, part = name.split()
             self.rows[key].values[part] = Value(
@@ -176,7 +177,7 @@ class Job:
                 reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 self.notes.append(f"No torch.compile row: {reason}")
                 del cases[key], self.rows[key]
-        return interleave(cases, self.device, seconds=2 * self.seconds, rounds=self.rounds, tick=self.tick)
+        return interleave(cases, self.device, until=self._until(0.55), rounds=self.rounds, tick=self.tick)
 
     def _sampling_values(self, key: str, timing: Timing, times: dict[str, Timing], weights: dict[str, int]) -> None:
         row, nfe = self.rows[key], self.args.steps
@@ -234,7 +235,7 @@ class Job:
             step = _workload.train_step(model, x, y, None if row.dtype == "fp32" else self.dtype)
             cases[key] = _with_attention(step, model, "naive" if naive else "sdpa") if row.style != "ours" else step
         times = interleave(
-            cases, self.device, seconds=2 * self.seconds, rounds=self.rounds, tick=lambda k: self.tick(f"{k} training")
+            cases, self.device, until=self._until(0.9), rounds=self.rounds, tick=lambda k: self.tick(f"{k} training")
         )
         optimizers = {}
         free = _machine.available_memory_gb() if self.device.type == "cpu" else None
@@ -244,7 +245,7 @@ class Job:
             for name, fused in (("public", False), ("ours", True)):
                 step = _workload.optimizer_step(few, fused)
                 timing = interleave(
-                    {name: step}, self.device, seconds=3, rounds=2, tick=lambda k: self.tick(f"AdamW, {k}")
+                    {name: step}, self.device, until=self._until(1.0), rounds=1, tick=lambda k: self.tick(f"AdamW, {k}")
                 )
                 optimizers[name] = timing[name].seconds
                 del step
@@ -265,6 +266,10 @@ class Job:
             if timing.extra_bytes is not None:
                 held = 12 * parameters + timing.extra_bytes  # weights, two moments; the rest was measured
                 row.values["memory_train"] = Value(held / 2**30, "GiB", COMPUTED)
+
+    def _until(self, share: float) -> float:
+        """When repetitions must end for this share of the run's time budget."""
+        return self.start + share * self.budget
 
     def claims(self) -> list[Claim]:
         """The factor tables; a chain with a missing link is left out."""
@@ -311,8 +316,8 @@ class Job:
 def expected_ticks(args: argparse.Namespace) -> int:
     """How many different things a run announces, for the progress bar."""
     dtypes = 1 if args.dtype == "fp32" else 2
-    rows = 2 * dtypes + 2 + bool(args.compile)
-    return 5 + dtypes + 2 * (dtypes + 1) + (rows + 1) + (rows - bool(args.compile)) + 2
+    rows = 2 * dtypes + 2 + args.compile
+    return 5 + dtypes + 2 * (dtypes + 1) + (rows + 1) + (rows - args.compile) + 2
 
 
 def guided_steps(steps: int, interval: tuple[float, float]) -> int:

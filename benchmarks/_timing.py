@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import os
 import statistics
 import threading
@@ -35,15 +36,15 @@ def interleave(
     cases: Mapping[str, Callable[[], Any]],
     device: torch.device,
     *,
-    seconds: float = 10.0,
-    rounds: int = 7,
+    until: float = math.inf,
+    rounds: int = 5,
     once: float = 5.0,
     tick: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Timing]:
-    """Time all cases in turn until `seconds` have passed, at least once and at most `rounds` times each.
+    """Time all cases in turn, `rounds` times each; no round starts after `until` (time.perf_counter's clock).
 
-    The first call of a case warms it up; one that takes longer than `once` seconds is not repeated (its own work
-    dwarfs any start-up cost by then). `tick(name)` is called before each call.
+    The first call of a case warms it up. It is also its sample where no round was left, or where it took longer than
+    `once` seconds (its own work dwarfs any start-up cost by then). `tick(name)` is called before each call.
     """
     first: dict[str, tuple[float, int | None]] = {}
     for name, fn in cases.items():
@@ -52,18 +53,17 @@ def interleave(
             elapsed = _once(fn, device)
         first[name] = elapsed, peak.extra_bytes
     repeated = [name for name, (elapsed, _) in first.items() if elapsed <= once]
-    samples: dict[str, list[float]] = {name: [] for name in repeated}
-    stop = time.perf_counter() + seconds
-    for done in range(rounds if repeated else 0):
-        if done and time.perf_counter() > stop:
+    samples: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(rounds):
+        if not repeated or time.perf_counter() > until:
             break
         for name in repeated:
             tick(name)
             samples[name].append(_once(cases[name], device))
     return {
-        name: Timing(statistics.median(samples[name]), len(samples[name]), True, extra)
-        if samples.get(name)
-        else Timing(elapsed, 1, False, extra)
+        name: Timing(
+            statistics.median(samples[name] or [elapsed]), max(1, len(samples[name])), bool(samples[name]), extra
+        )
         for name, (elapsed, extra) in first.items()
     }
 

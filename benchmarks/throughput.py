@@ -43,8 +43,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, default=250, help="sampling steps (NFE) that img/s is stated for (default 250)")
     add("--interval", type=float, nargs=2, default=(0.0, 0.7), metavar=("LOW", "HIGH"),
         help="guidance interval in t, 0 = data (default 0 0.7)")  # fmt: skip
-    add("--compile", action=argparse.BooleanOptionalAction, help="add torch.compile of the public code as a peer "
-        "(default: yes; no with --quick)")  # fmt: skip
+    add("--compile", action="store_true", help="add torch.compile of the public code as a peer (takes up to a minute)")
     add("--images", type=Path, help="folder of images (default: photographs in the scikit-image/-learn wheels)")
     add("--checkpoint", help="tokenizer weights: folder, file or hub repository (default: random weights)")
     add(
@@ -63,7 +62,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--device cuda: torch finds no CUDA device here; use --device cpu")
     args.model = args.model or ("sit-b" if args.quick else "sit-xl")
     args.batch = args.batch or (64 if args.device.startswith("cuda") else 8)
-    args.compile = not args.quick if args.compile is None else args.compile
     return args
 
 

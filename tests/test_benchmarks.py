@@ -186,7 +186,7 @@ def test_guided_steps():
 def test_interleave_takes_turns():
     calls = []
     cases = {name: lambda name=name: calls.append(name) for name in "ab"}
-    times = interleave(cases, CPU, seconds=5, rounds=3)
+    times = interleave(cases, CPU, rounds=3)
     assert calls == ["a", "b"] + ["a", "b"] * 3
     assert times["a"].samples == 3
     assert times["a"].warm
@@ -198,6 +198,8 @@ def test_slow_cases_run_once():
     times = interleave({"slow": lambda: time.sleep(0.05)}, CPU, once=0.01)
     assert (times["slow"].samples, times["slow"].warm) == (1, False)
     assert times["slow"].seconds >= 0.05
+    late = interleave({"late": lambda: None}, CPU, until=0.0)
+    assert (late["late"].samples, late["late"].warm) == (1, False)
 
 
 @pytest.mark.skipif(_machine.available_memory_gb() is None, reason="needs /proc")
@@ -237,13 +239,13 @@ def test_computed_values_are_marked():
 def test_contact_sheet(tmp_path, count):
     from PIL import Image
 
-    images = np.full((count, 8, 8, 3), 7, np.uint8)
+    images = np.full((count, 8, 8, 3), (9, 7, 200), np.uint8)  # no text has this colour
     _report.contact_sheet(tmp_path / "sheet.png", images, images, ["one line"], cell=256)
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
     lines = math.ceil(count / 2)
     assert sheet.shape[0] == 12 + 26 * 2 + lines * 268 + 12
     assert sheet.shape[1] == (1084 if count > 1 else 700)
-    assert (sheet == 7).all(axis=-1).sum() == count * 2 * 256 * 256
+    assert (sheet == (9, 7, 200)).all(axis=-1).sum() == count * 2 * 256 * 256
 
 
 def test_chart_without_training_rows(tmp_path):
