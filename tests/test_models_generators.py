@@ -181,6 +181,13 @@ def test_official_time_convention_is_flipped(kind: type) -> None:
 
 
 @pytest.mark.parametrize("kind", [SiT, LightningDiT])
+def test_compiles_without_graph_breaks(kind: type) -> None:
+    model = build(kind, torch.float32, tokens=(4, 4))
+    x, t, y = inputs(model.config, dtype=torch.float32)
+    close(torch.compile(model, fullgraph=True, backend="aot_eager")(x, t, y), model(x, t, y), 2e-5)
+
+
+@pytest.mark.parametrize("kind", [SiT, LightningDiT])
 def test_gradients(kind: type) -> None:
     model = build(kind, tokens=(4, 4), qk_norm=True, time="maetok")
     x, t, y = inputs(model.config)

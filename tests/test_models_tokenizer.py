@@ -424,6 +424,15 @@ def test_bf16_and_autocast_run() -> None:
         assert (y.float() - exact).abs().mean() < 0.1 * exact.abs().mean()
 
 
+def test_compiles_without_graph_breaks() -> None:
+    model = build(dtype=torch.float32)
+    images, mask = torch.randn(1, 3, 64, 64), torch.rand(1, 16) < 0.5
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    close(compiled(images, mask), model(images, mask))
+    compiled(images, mask).square().sum().backward()
+    assert model.encoder.freqs.grad is not None
+
+
 BAD_INPUTS = [
     (lambda m, x: m.encode(x[0]), ValueError, r"images: expected shape \(B, 3, H, W\), got \(3, 64, 64\)"),
     (lambda m, x: m.encode(x[:, :1]), ValueError, r"got \(1, 1, 64, 64\)"),

@@ -180,7 +180,12 @@ def _download(repo_id: str, revision: str | None, token: str | bool | None) -> t
         return Path(hf_hub_download(repo_id, name, revision=revision, token=token))
 
     try:
-        weights = fetch("model.safetensors")
+        try:
+            weights = fetch(WEIGHTS[0])
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError:
+            weights = fetch(WEIGHTS[1])
         try:
             config: Path | None = fetch("config.json")
         except LocalEntryNotFoundError:

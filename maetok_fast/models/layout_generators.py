@@ -82,7 +82,7 @@ def _generator_fields(f: Facts, given: Mapping[str, Any]) -> dict[str, Any]:
         ("decoder_hidden_size", dim),
         ("in_channels", channels),
         ("depth", depth),
-        ("patch_size", patch),
+        *(() if one_d else (("patch_size", patch),)),  # the public code ignores it for 1-D latents
         ("vae_1d", one_d),
         ("num_heads", heads),
         ("learn_sigma", sigma),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from maetok_fast.models.checkpoints import CheckpointError
@@ -99,9 +100,8 @@ _MAETOK_TOLERATED = (
     "clip_scale.*",
     "clip_de_scale.*",
 )
-# timm's names of the sizes that the public encoder accepts: dim -> word
-_VIT_WORDS = {384: "small", 768: "base", 1024: "large"}
-_VIT_DEPTHS = {384: 12, 768: 12, 1024: 24}
+# the sizes that the public code accepts, by the word in timm's model names; others go into config.json as numbers
+_VIT_WORDS = {"small": ViTSize(384, 12, 6), "base": ViTSize(768, 12, 12), "large": ViTSize(1024, 24, 16)}
 
 
 def _vit_size(facts: Facts, half: str, given: Any) -> ViTSize:
@@ -153,7 +153,6 @@ def _detect_maetok(
         ("enc_patch_size", patch),
         ("dec_patch_size", decoder_patch),
         ("dec_cls_token", cls),
-        ("base_image_size", base),
     ):
         f.check(key, value)
     f.check("image_size", shown(size), same=lambda v: f.size("image_size") == size)
@@ -164,8 +163,6 @@ def _detect_maetok(
     f.check("use_rope", mixed or position == "axial")
     if mixed:
         f.check("rope_mixed", True)
-    if "enc_token_drop" in f.public:
-        f.check("enc_token_drop", masked, same=lambda v: (f.number("enc_token_drop", 0.0) > 0) == masked)
     f.finish()
     fields: dict[str, Any] = {
         "image_size": shown(size),
@@ -220,17 +217,10 @@ def _export_maetok(config: MAETokConfig) -> dict[str, Any]:
         ("encoder", config.encoder, ".lvd142m"),
         ("decoder", config.decoder, "_movq2" if movq else ".lvd142m"),
     ):
-        word = _VIT_WORDS.get(size.dim, "custom")
-        out[f"{half}_model"] = f"vit_{word}_patch14_dinov2{suffix}"
-        if size != ViTSize(size.dim, _VIT_DEPTHS.get(size.dim, -1) if size.dim in _VIT_DEPTHS else 1, size.heads) or (
-            word == "custom" or size.heads != size.dim // 64
-        ):
-            out[f"{half}_size"] = {
-                "dim": size.dim,
-                "depth": size.depth,
-                "heads": size.heads,
-                "mlp_ratio": size.mlp_ratio,
-            }
+        word = next((w for w, known in _VIT_WORDS.items() if known == size), None)
+        out[f"{half}_model"] = f"vit_{word or 'custom'}_patch14_dinov2{suffix}"
+        if word is None:
+            out[f"{half}_size"] = asdict(size)
     return out
 
 
