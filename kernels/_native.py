@@ -4,8 +4,8 @@
 the cure. Nothing is loaded on import.
 
 Every function of the library writes into the tensors it is given and returns nothing. Tensors are contiguous, on the
-CPU (gate_residual_fwd: or on one GPU), float32, bfloat16 or float16 unless said; sums run in float32, results do not depend on the number of threads.
-``T | None`` may be None.
+CPU (gate_residual_fwd: or on one GPU), float32, bfloat16 or float16 unless said; sums run in float32, and results do
+not depend on the number of threads. ``T | None`` may be None.
 
     rope_rotate(qkv, rope|None, q_weight|None, q_bias|None, k_weight|None, k_bias|None, q_out, k_out,
                 prefix, first_query, norm, eps)
@@ -63,7 +63,7 @@ def why_missing() -> str | None:
 
 
 def lib() -> Any:
-    """The native library, a module with the functions above; RuntimeError with the reason and the cure if there is none."""
+    """The native library, a module with the functions above; RuntimeError with reason and cure if there is none."""
     library, reason = _load()
     if library is None:
         raise RuntimeError(f"{reason}; {_CURE}")
