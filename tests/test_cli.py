@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from maetok_fast.kernels import ops
 from typer.testing import CliRunner
 
 from maetok_fast import _optional, cli
+from maetok_fast.kernels import ops
 
 
 @pytest.fixture(autouse=True)
