@@ -74,7 +74,8 @@ class Sample:
 class Backend:
     """One way to compute an op with kernels.
 
-    forward(*args) -> (output, *saved): `args` are the op's arguments in order; launches, checks nothing.
+    forward(*args) -> (output, *saved): `args` are the op's arguments in order, every tensor contiguous; launches,
+        checks nothing.
     backward(grad, saved, args, needs) -> one gradient per argument (None where `needs` is False or it is no tensor).
     library: what must be present: "native" (csrc), "triton", or None.
     """
@@ -179,11 +180,11 @@ class Op:
             raise ValueError(f"op {self.name!r}: autocast must be 'lower' or 'promote', not {self.autocast!r}")
         signature = inspect.signature(self.ref)
         self._params = tuple(signature.parameters.values())
-        self._names = tuple(p.name for p in self._params)
+        self.names = tuple(p.name for p in self._params)
         self._required = sum(p.default is inspect.Parameter.empty for p in self._params)
         self._defaults = tuple(p.default for p in self._params)
-        self._fp32_at = tuple(name in self.fp32 for name in self._names)
-        self._residual_at = -1 if self.residual is None else self._names.index(self.residual)
+        self._fp32_at = tuple(name in self.fp32 for name in self.names)
+        self._residual_at = -1 if self.residual is None else self.names.index(self.residual)
         self.__doc__, self.__name__, self.__signature__ = self.ref.__doc__, self.name, signature
         self._forward_op = self._register()
         _RECORDS[self.name] = self
@@ -203,23 +204,23 @@ class Op:
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """The arguments in the order of `ref`, defaults filled in. Raises TypeError like a Python call does."""
-        if len(args) > len(self._names):
-            raise TypeError(f"{self.name}() takes {len(self._names)} arguments but {len(args)} were given")
+        if len(args) > len(self.names):
+            raise TypeError(f"{self.name}() takes {len(self.names)} arguments but {len(args)} were given")
         bound = list(args) + list(self._defaults[len(args) :])
         given = len(args)
         for key, value in kwargs.items():
-            if key not in self._names:
-                raise TypeError(f"{self.name}() got an unexpected argument {key!r}; it takes {', '.join(self._names)}")
-            at = self._names.index(key)
+            if key not in self.names:
+                raise TypeError(f"{self.name}() got an unexpected argument {key!r}; it takes {', '.join(self.names)}")
+            at = self.names.index(key)
             if at < len(args):
                 raise TypeError(f"{self.name}() got two values for {key!r}")
             bound[at] = value
             given += at < self._required
         if len(args) < self._required and given < self._required:
-            missing = [n for n in self._names[len(args) : self._required] if n not in kwargs]
+            missing = [n for n in self.names[len(args) : self._required] if n not in kwargs]
             raise TypeError(f"{self.name}() misses {', '.join(missing)}")
         if not isinstance(bound[0], Tensor):
-            raise TypeError(f"{self.name}() expects a tensor as {self._names[0]}, got {type(bound[0]).__name__}")
+            raise TypeError(f"{self.name}() expects a tensor as {self.names[0]}, got {type(bound[0]).__name__}")
         return tuple(bound)
 
     def _coerce(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -253,10 +254,10 @@ class Op:
         reason = _why_missing(candidate.library, device)
         if reason is not None:
             return reason
-        for name, value in zip(self._names, args):
+        for name, value in zip(self.names, args):
             if isinstance(value, Tensor):
                 if value.device.type != device:
-                    return f"{name} is on {value.device.type} and {self._names[0]} on {device}"
+                    return f"{name} is on {value.device.type} and {self.names[0]} on {device}"
                 if value.is_floating_point() and value.dtype not in KERNEL_DTYPES:
                     return f"{name} is {value.dtype}; the kernels take float32, bfloat16 and float16"
         return self.unsupported(candidate.name, *args)
@@ -327,11 +328,14 @@ class Op:
             """As the schema says: torch takes a single output bare, several as a tuple."""
             return outputs if self.saved else outputs[0]
 
+        def contiguous(args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return tuple(a.contiguous() if isinstance(a, Tensor) else a for a in args)
+
         def forward(name: str, *args: Any) -> Any:
-            return shaped(self._backend(name).forward(*args))
+            return shaped(self._backend(name).forward(*contiguous(args)))
 
         def backward(grad: Tensor, saved: list[Tensor], needs: list[bool], name: str, *args: Any) -> list[Tensor]:
-            grads = self._backend(name).backward(grad, saved, args, needs)
+            grads = self._backend(name).backward(grad.contiguous(), saved, contiguous(args), needs)
             return [g if n and g is not None else grad.new_empty(0) for g, n in zip(grads, needs)]
 
         def backward_fake(grad: Tensor, saved: list[Tensor], needs: list[bool], name: str, *args: Any) -> list[Tensor]:

@@ -36,16 +36,19 @@ _ROWS = 32  # rows of one program of the row kernels
 def _load_rows(ptr, offs_n, mask_n, stride_n, D0: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr):
     """Columns [D0, D0 + WIDTH) of the rows offs_n; zero beyond HEAD_DIM and where mask_n is false."""
     offs_d = D0 + tl.arange(0, WIDTH)
-    mask = mask_n[:, None] & (offs_d < HEAD_DIM)[None, :]
+    mask = mask_n[:, None]
+    if D0 + WIDTH > HEAD_DIM:
+        mask = mask & (offs_d < HEAD_DIM)[None, :]
     return tl.load(ptr + offs_n.to(tl.int64)[:, None] * stride_n + offs_d[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
 def _store_rows(ptr, x, offs_n, mask_n, stride_n, D0: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr):
     offs_d = D0 + tl.arange(0, WIDTH)
-    mask = mask_n[:, None] & (offs_d < HEAD_DIM)[None, :]
-    where = ptr + offs_n.to(tl.int64)[:, None] * stride_n + offs_d[None, :]
-    tl.store(where, x.to(ptr.dtype.element_ty), mask=mask)
+    mask = mask_n[:, None]
+    if D0 + WIDTH > HEAD_DIM:
+        mask = mask & (offs_d < HEAD_DIM)[None, :]
+    tl.store(ptr + offs_n.to(tl.int64)[:, None] * stride_n + offs_d[None, :], x.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -84,16 +87,16 @@ def _load_rotated(
 @triton.jit
 def _rope_attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, rope_ptr, out_ptr, lse_ptr,
-    stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
+    stride_qb, stride_qn, stride_kb, stride_kn, stride_vb, stride_vn,
     stride_rc, stride_rh, N, NQ, first_query, prefix, M, H, scale,
     HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, ROPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head of one image; q rows are counted from first_query."""
     pid_m, pid_h, pid_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    q_ptr += pid_b * stride_qb + pid_h * stride_qh
-    k_ptr += pid_b * stride_kb + pid_h * stride_kh
-    v_ptr += pid_b * stride_vb + pid_h * stride_vh
+    q_ptr += pid_b * stride_qb + pid_h * HEAD_DIM
+    k_ptr += pid_b * stride_kb + pid_h * HEAD_DIM
+    v_ptr += pid_b * stride_vb + pid_h * HEAD_DIM
     rope_ptr += pid_h * stride_rh
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < NQ
@@ -140,18 +143,18 @@ def _rope_attention_fwd_kernel(
 @triton.jit
 def _rope_attention_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, rope_ptr, out_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr,
-    stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
-    stride_dqb, stride_dqn, stride_dqh,
+    stride_qb, stride_qn, stride_kb, stride_kn, stride_vb, stride_vn,
+    stride_dqb, stride_dqn,
     stride_rc, stride_rh, N, NQ, first_query, prefix, M, H, scale,
     HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, ROPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """d_q of BLOCK_M queries, un-rotated, and delta for the other kernel. out, d_out are (B, NQ, H, HEAD_DIM)."""
     pid_m, pid_h, pid_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    q_ptr += pid_b * stride_qb + pid_h * stride_qh
-    k_ptr += pid_b * stride_kb + pid_h * stride_kh
-    v_ptr += pid_b * stride_vb + pid_h * stride_vh
-    dq_ptr += pid_b * stride_dqb + pid_h * stride_dqh
+    q_ptr += pid_b * stride_qb + pid_h * HEAD_DIM
+    k_ptr += pid_b * stride_kb + pid_h * HEAD_DIM
+    v_ptr += pid_b * stride_vb + pid_h * HEAD_DIM
+    dq_ptr += pid_b * stride_dqb + pid_h * HEAD_DIM
     rope_ptr += pid_h * stride_rh
     out_ptr += (pid_b * NQ * H + pid_h) * HEAD_DIM
     do_ptr += (pid_b * NQ * H + pid_h) * HEAD_DIM
@@ -207,19 +210,19 @@ def _rope_attention_bwd_dq_kernel(
 @triton.jit
 def _rope_attention_bwd_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, rope_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
-    stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
-    stride_dkb, stride_dkn, stride_dkh, stride_dvb, stride_dvn, stride_dvh,
+    stride_qb, stride_qn, stride_kb, stride_kn, stride_vb, stride_vn,
+    stride_dkb, stride_dkn, stride_dvb, stride_dvn,
     stride_rc, stride_rh, N, NQ, first_query, prefix, M, H, scale,
     HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, ROPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """d_k (un-rotated) and d_v of BLOCK_N keys."""
     pid_n, pid_h, pid_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    q_ptr += pid_b * stride_qb + pid_h * stride_qh
-    k_ptr += pid_b * stride_kb + pid_h * stride_kh
-    v_ptr += pid_b * stride_vb + pid_h * stride_vh
-    dk_ptr += pid_b * stride_dkb + pid_h * stride_dkh
-    dv_ptr += pid_b * stride_dvb + pid_h * stride_dvh
+    q_ptr += pid_b * stride_qb + pid_h * HEAD_DIM
+    k_ptr += pid_b * stride_kb + pid_h * HEAD_DIM
+    v_ptr += pid_b * stride_vb + pid_h * HEAD_DIM
+    dk_ptr += pid_b * stride_dkb + pid_h * HEAD_DIM
+    dv_ptr += pid_b * stride_dvb + pid_h * HEAD_DIM
     rope_ptr += pid_h * stride_rh
     do_ptr += (pid_b * NQ * H + pid_h) * HEAD_DIM
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -296,7 +299,7 @@ def _normalise(x, mask, weight_ptr, bias_ptr, eps, NORM: tl.constexpr, HEAD_DIM:
 @triton.jit
 def _qk_prepare_kernel(
     x_ptr, rope_ptr, weight_ptr, bias_ptr, y_ptr,
-    stride_xb, stride_xn, stride_xh, stride_yb, stride_yn, stride_yh, stride_rc, stride_rh, N, prefix, M, eps,
+    stride_xb, stride_xn, stride_yb, stride_yn, stride_rc, stride_rh, N, prefix, M, eps,
     HEAD_DIM: tl.constexpr, PAD: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """y = R norm(x) for BLOCK_N tokens of one head (q or k)."""
@@ -304,17 +307,17 @@ def _qk_prepare_kernel(
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     mask = mask_n[:, None] & (tl.arange(0, PAD) < HEAD_DIM)[None, :]
-    x = _load_rows(x_ptr + pid_b * stride_xb + pid_h * stride_xh, offs_n, mask_n, stride_xn, 0, PAD, HEAD_DIM)
+    x = _load_rows(x_ptr + pid_b * stride_xb + pid_h * HEAD_DIM, offs_n, mask_n, stride_xn, 0, PAD, HEAD_DIM)
     _x_hat, _rstd, y = _normalise(x.to(tl.float32), mask, weight_ptr, bias_ptr, eps, NORM, HEAD_DIM, PAD)
     if ROPE:
         y = _rotate(y, rope_ptr + pid_h * stride_rh, stride_rc, offs_n, prefix, M, 0, PAD, HEAD_DIM, False)
-    _store_rows(y_ptr + pid_b * stride_yb + pid_h * stride_yh, y, offs_n, mask_n, stride_yn, 0, PAD, HEAD_DIM)
+    _store_rows(y_ptr + pid_b * stride_yb + pid_h * HEAD_DIM, y, offs_n, mask_n, stride_yn, 0, PAD, HEAD_DIM)
 
 
 @triton.jit
 def _qk_finish_kernel(
     x_ptr, rope_ptr, weight_ptr, dy_ptr, dx_ptr, dweight_ptr, dbias_ptr,
-    stride_xb, stride_xn, stride_xh, stride_yb, stride_yn, stride_yh, stride_db, stride_dn, stride_dh,
+    stride_xb, stride_xn, stride_yb, stride_yn, stride_db, stride_dn,
     stride_rc, stride_rh, N, prefix, M, eps,
     HEAD_DIM: tl.constexpr, PAD: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -324,9 +327,9 @@ def _qk_finish_kernel(
     offs_d = tl.arange(0, PAD)
     mask_n = offs_n < N
     mask = mask_n[:, None] & (offs_d < HEAD_DIM)[None, :]
-    x = _load_rows(x_ptr + pid_b * stride_xb + pid_h * stride_xh, offs_n, mask_n, stride_xn, 0, PAD, HEAD_DIM)
+    x = _load_rows(x_ptr + pid_b * stride_xb + pid_h * HEAD_DIM, offs_n, mask_n, stride_xn, 0, PAD, HEAD_DIM)
     x_hat, rstd, _y = _normalise(x.to(tl.float32), mask, None, None, eps, NORM, HEAD_DIM, PAD)
-    dy = _load_rows(dy_ptr + pid_b * stride_yb + pid_h * stride_yh, offs_n, mask_n, stride_yn, 0, PAD, HEAD_DIM)
+    dy = _load_rows(dy_ptr + pid_b * stride_yb + pid_h * HEAD_DIM, offs_n, mask_n, stride_yn, 0, PAD, HEAD_DIM)
     dy = dy.to(tl.float32)
     if ROPE:
         dy = _rotate(dy, rope_ptr + pid_h * stride_rh, stride_rc, offs_n, prefix, M, 0, PAD, HEAD_DIM, True)
@@ -338,7 +341,7 @@ def _qk_finish_kernel(
     dx = dy - x_hat * (tl.sum(dy * x_hat, 1) / HEAD_DIM)[:, None]
     if NORM == 2:
         dx -= (tl.sum(dy, 1) / HEAD_DIM)[:, None]
-    dx_ptr += pid_b * stride_db + pid_h * stride_dh
+    dx_ptr += pid_b * stride_db + pid_h * HEAD_DIM
     _store_rows(dx_ptr, dx * rstd[:, None], offs_n, mask_n, stride_dn, 0, PAD, HEAD_DIM)
 
 
@@ -362,7 +365,7 @@ def _table_terms(
 @triton.jit
 def _rope_attention_bwd_drope_kernel(
     q_ptr, k_ptr, dq_ptr, dk_ptr, rope_ptr, qw_ptr, qb_ptr, kw_ptr, kb_ptr, drope_ptr,
-    stride_xb, stride_xn, stride_xh, stride_db, stride_dn, stride_dh,
+    stride_xb, stride_xn, stride_db, stride_dn,
     stride_rc, stride_rh, B, first_query, NQ, prefix, M, eps,
     HEAD_DIM: tl.constexpr, PAD: tl.constexpr, NORM: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
@@ -377,10 +380,10 @@ def _rope_attention_bwd_drope_kernel(
     mask_m = offs_m < M
     mask = mask_m[:, None] & (tl.arange(0, PAD) < HEAD_DIM)[None, :]
     mask_q = mask_m & (offs_n >= first_query) & (offs_n < first_query + NQ)
-    q_ptr += pid_h * stride_xh
-    k_ptr += pid_h * stride_xh
-    dq_ptr += pid_h * stride_dh
-    dk_ptr += pid_h * stride_dh
+    q_ptr += pid_h * HEAD_DIM
+    k_ptr += pid_h * HEAD_DIM
+    dq_ptr += pid_h * HEAD_DIM
+    dk_ptr += pid_h * HEAD_DIM
     rope_ptr += pid_h * stride_rh
     dcos = tl.zeros((BLOCK_M, PAD // 2), tl.float32)
     dsin = tl.zeros((BLOCK_M, PAD // 2), tl.float32)
@@ -416,12 +419,11 @@ class _Call:
 
     def __init__(self, args: tuple[Any, ...]) -> None:
         qkv, rope, self.qw, self.qb, self.kw, self.kb, self.prefix, norm, self.eps, first, count = args
-        self.qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
+        self.qkv, self.rope = qkv, rope
         self.batch, self.n, _, self.heads, self.head_dim = qkv.shape
         self.norm = _NORMS[norm]
         self.first = first
         self.count = self.n - first if count is None else count
-        self.rope = None if rope is None else rope.contiguous()
         shared = rope is None or rope.shape[1] == 1
         self.rows = 0 if rope is None else rope.shape[2]
         self.rope_strides = (0, 0) if self.rope is None else (self.rope.stride(0), 0 if shared else self.rope.stride(1))
@@ -453,12 +455,13 @@ class _Call:
 
     def constants(self, kernel: str) -> dict[str, Any]:
         main, tail = head_split(self.head_dim)
-        tile = attention_tile(kernel, self.qkv.element_size(), self.head_dim)
+        rotates = self.rope is not None and not self.norm
+        tile = attention_tile(kernel, self.qkv.element_size(), self.head_dim, rotates)
         return {
             "HEAD_DIM": self.head_dim,
             "MAIN": main,
             "TAIL": tail,
-            "ROPE": self.rope is not None and not self.norm,
+            "ROPE": rotates,
             "PRECISION": "ieee",
             "BLOCK_M": tile.block_m,
             "BLOCK_N": tile.block_n,
@@ -467,9 +470,9 @@ class _Call:
         }
 
 
-def _strides(x: Tensor) -> tuple[int, int, int]:
-    """(batch, token, head) strides of a (B, N, heads, head_dim) view."""
-    return x.stride(0), x.stride(1), x.stride(2)
+def _strides(x: Tensor) -> tuple[int, int]:
+    """(batch, token) strides of a (B, N, heads, head_dim) view whose heads are contiguous."""
+    return x.stride(0), x.stride(1)
 
 
 def triton_forward(*args: Any) -> tuple[Tensor, ...]:
@@ -492,7 +495,6 @@ def triton_backward(
     """Gradients of qkv, rope and the four norm weights."""
     call = _Call(args)
     out, lse = saved
-    grad = grad.contiguous()
     pruned = call.count != call.n
     allocate = torch.zeros if pruned else torch.empty  # pruned queries get no gradient through q
     dqkv = allocate(call.qkv.shape, dtype=grad.dtype, device=grad.device)

@@ -8,9 +8,24 @@ device's own timing may refine them, shape by shape.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
-__all__ = ["ATTENTION_TILES", "Tile", "attention_tile", "head_split", "next_power_of_2", "row_chunk", "row_warps"]
+import torch
+
+__all__ = [
+    "ATTENTION_TILES",
+    "Tile",
+    "arch",
+    "attention_tile",
+    "head_split",
+    "next_power_of_2",
+    "pretend_arch",
+    "row_chunk",
+    "row_warps",
+]
 
 
 class Tile(NamedTuple):
@@ -22,18 +37,56 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# (kernel, element size in bytes, head_dim at most) -> tile; the first row that fits wins.
-ATTENTION_TILES: dict[tuple[str, int, int], Tile] = {
-    ("fwd", 2, 80): Tile(128, 64, 4, 2),
-    ("fwd", 2, 128): Tile(64, 64, 4, 2),
-    ("fwd", 4, 128): Tile(64, 32, 4, 1),
-    ("dq", 2, 80): Tile(64, 64, 4, 2),
-    ("dq", 2, 128): Tile(64, 32, 4, 2),
-    ("dq", 4, 128): Tile(32, 32, 4, 1),
-    ("dkdv", 2, 80): Tile(64, 64, 4, 2),
-    ("dkdv", 2, 128): Tile(32, 64, 4, 2),
-    ("dkdv", 4, 128): Tile(32, 32, 4, 1),
+# (kernel, element size in bytes, head_dim at most, rotates) -> tile by architecture at least; the first row that fits
+# wins. What decided (benchmarks/cost.py prints it): sm_80 has the fewest registers to spare, 64 x 64 spills in the
+# backwards that rotate; on sm_90 ptxas serialises the wgmma of a pipelined forward that rotates k in the loop (C7515),
+# at one stage it does not, and its 24 KB of shared memory leave room for other blocks to hide the loads.
+ATTENTION_TILES: dict[tuple[str, int, int, bool], dict[int, Tile]] = {
+    ("fwd", 2, 80, True): {100: Tile(128, 64, 8, 2), 90: Tile(128, 64, 8, 1), 80: Tile(128, 64, 8, 2)},
+    ("fwd", 2, 80, False): {80: Tile(128, 64, 8, 2)},
+    ("fwd", 2, 128, True): {100: Tile(64, 64, 4, 2), 90: Tile(64, 64, 4, 1), 80: Tile(64, 32, 4, 2)},
+    ("fwd", 2, 128, False): {80: Tile(64, 64, 4, 2)},
+    ("fwd", 4, 128, True): {80: Tile(32, 32, 8, 1)},
+    ("fwd", 4, 128, False): {80: Tile(32, 32, 8, 1)},
+    ("dq", 2, 80, True): {90: Tile(64, 64, 4, 2), 80: Tile(64, 32, 4, 2)},
+    ("dq", 2, 80, False): {90: Tile(64, 64, 4, 2), 80: Tile(64, 64, 8, 2)},
+    ("dq", 2, 128, True): {80: Tile(64, 32, 8, 2)},
+    ("dq", 2, 128, False): {80: Tile(64, 32, 8, 2)},
+    ("dq", 4, 128, True): {80: Tile(32, 32, 8, 1)},
+    ("dq", 4, 128, False): {80: Tile(32, 32, 8, 1)},
+    ("dkdv", 2, 80, True): {90: Tile(64, 64, 4, 2), 80: Tile(32, 64, 4, 2)},
+    ("dkdv", 2, 80, False): {90: Tile(64, 64, 4, 2), 80: Tile(32, 64, 4, 2)},
+    ("dkdv", 2, 128, True): {80: Tile(32, 64, 8, 2)},
+    ("dkdv", 2, 128, False): {80: Tile(32, 64, 8, 2)},
+    ("dkdv", 4, 128, True): {80: Tile(32, 32, 8, 1)},
+    ("dkdv", 4, 128, False): {80: Tile(32, 32, 8, 1)},
 }
+
+_pretended: int | None = None
+
+
+@functools.cache
+def _device_arch() -> int:
+    if not torch.cuda.is_available():
+        return 90
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
+def arch() -> int:
+    """The architecture that tiles are chosen for: this device's (80, 90, 100, ...), 90 where there is none."""
+    return _device_arch() if _pretended is None else _pretended
+
+
+@contextlib.contextmanager
+def pretend_arch(number: int) -> Iterator[None]:
+    """Choose tiles for another architecture: for the compile report and its tests."""
+    global _pretended
+    before, _pretended = _pretended, number
+    try:
+        yield
+    finally:
+        _pretended = before
 
 
 def next_power_of_2(n: int) -> int:
@@ -52,12 +105,14 @@ def head_split(head_dim: int) -> tuple[int, int]:
     return main, 0 if rest == 0 else max(16, next_power_of_2(rest))
 
 
-def attention_tile(kernel: str, itemsize: int, head_dim: int) -> Tile:
-    """The tile of a rope_attention kernel ("fwd", "dq" or "dkdv")."""
-    for (name, size, width), tile in ATTENTION_TILES.items():
-        if name == kernel and size == itemsize and head_dim <= width:
-            return tile
-    raise ValueError(f"no tile for kernel {kernel!r}, {itemsize}-byte elements, head_dim {head_dim}")
+def attention_tile(kernel: str, itemsize: int, head_dim: int, rotates: bool) -> Tile:
+    """The tile of a rope_attention kernel ("fwd", "dq" or "dkdv") on `arch()`."""
+    for (name, size, width, rotating), by_arch in ATTENTION_TILES.items():
+        if name == kernel and size == itemsize and head_dim <= width and rotating == rotates:
+            for least, tile in by_arch.items():
+                if arch() >= least:
+                    return tile
+    raise ValueError(f"no tile for kernel {kernel!r}, {itemsize}-byte elements, head_dim {head_dim}, sm_{arch()}")
 
 
 def row_warps(width: int) -> int:

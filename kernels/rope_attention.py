@@ -6,10 +6,10 @@
     q_n, k_n = R(angle_n) q_n, R(angle_n) k_n                for prefix <= n < prefix + M, in fp32
     out      = softmax(q k^T / sqrt(head_dim)) v             (B, Nq, heads * head_dim)
 
-R rotates the interleaved pairs (2j, 2j+1): (a, b) -> (a cos - b sin, a sin + b cos), with
-angle(n, j) = x_n f_x[j] + y_n f_y[j] (RoPE-Mixed, Heo et al. 2024, arXiv 2403.13298; axial frequencies are the case where f_x or f_y is zero). The angles
-enter as one [cos, sin] table made by `rope_table` for all layers at once; the table is fp32 and differentiable, so
-learned frequencies get their gradient and fixed ones become a constant.
+R rotates the interleaved pairs (2j, 2j+1), (a, b) -> (a cos - b sin, a sin + b cos), by the token's and pair's angle,
+angle(n, j) = x_n f_x[j] + y_n f_y[j] (RoPE-Mixed, Heo et al. 2024, arXiv 2403.13298; axial frequencies are the case
+where f_x or f_y is zero). The angles enter as one [cos, sin] table made by `rope_table` for all layers at once; the
+table is fp32 and differentiable, so learned frequencies get their gradient and fixed ones become a constant.
 
 first_query/num_queries prune the queries (a last block needs only the latent or only the image tokens' outputs).
 
@@ -135,7 +135,6 @@ def rope_attention_ref(
 def _native_prepare(args: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """q (B, heads, Nq, head_dim), k, v (B, heads, N, head_dim), as strided views."""
     qkv, rope, q_weight, q_bias, k_weight, k_bias, prefix, qk_norm, eps, first_query, num_queries = args
-    qkv = qkv.contiguous()
     first, count = _query_range(qkv, first_query, num_queries)
     q, k, v = qkv.unbind(2)
     if rope is None and qk_norm == "none":
@@ -145,12 +144,8 @@ def _native_prepare(args: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
         q, k = qkv.new_empty(batch, count, heads, head_dim), qkv.new_empty(batch, n, heads, head_dim)
         norm = _NORMS.index(qk_norm)
         weights = (q_weight, q_bias, k_weight, k_bias)
-        _native.lib().rope_rotate(qkv, _contiguous(rope), *weights, q, k, prefix, first, norm, eps)
+        _native.lib().rope_rotate(qkv, rope, *weights, q, k, prefix, first, norm, eps)
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
 
 
 def _native_forward(*args: Any) -> tuple[Tensor, ...]:
@@ -179,7 +174,7 @@ def _native_backward(
     grads = tuple(g.transpose(1, 2).contiguous() for g in (dq, dk, dv))
     first, norm = _query_range(qkv, first_query, num_queries)[0], _NORMS.index(qk_norm)
     _native.lib().rope_rotate_bwd(
-        qkv.contiguous(), _contiguous(rope), q_weight, q_bias, k_weight, k_bias, *grads, dqkv, drope, dweights,
+        qkv, rope, q_weight, q_bias, k_weight, k_bias, *grads, dqkv, drope, dweights,
         prefix, first, norm, eps,
     )  # fmt: skip
     rows = [None] * 4 if dweights is None else [r.clone() for r in dweights]

@@ -1,0 +1,334 @@
+# Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
+"""One suite over all op records: an op added to `maetok_fast.kernels` is tested here without a further line.
+
+Rule (values and gradients): err(op, ref64) <= 2 * err(reference in the same dtype, ref64) + 2 ulp, where err is the
+largest absolute difference and the ulp that of the largest value.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from maetok_fast.kernels import Backend, BackendError, Op, Sample, backend, ops
+from maetok_fast.kernels import _op as op_module
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OPS = list(ops().values())
+
+
+def small(op: Op) -> list[Sample]:
+    return [s for s in op.samples() if not s.real]
+
+
+def few(op: Op, name: str) -> list[Sample]:
+    """All small samples, but two where the interpreter (seconds a call) would only repeat what is shown."""
+    return small(op)[: 2 if name == "triton" else None]
+
+
+def _runs() -> Iterator[Any]:
+    """(op, backend, device) for every backend; the CPU runs Triton in the interpreter."""
+    for op in OPS:
+        for device, name in [("cpu", b.name) for b in op.all_backends() if b.library in ("native", "triton")] + [
+            ("cuda", b.name) for b in op.cuda
+        ]:
+            marks = [pytest.mark.gpu] if device == "cuda" else []
+            yield pytest.param(op, name, device, id=f"{op.name}-{name}-{device}", marks=marks)
+
+
+RUNS = list(_runs())
+CPU_RUNS = [r for r in RUNS if r.values[2] == "cpu"]
+
+
+def need(op: Op, name: str, device: str) -> Backend:
+    """The backend, or a skip that says what this machine lacks."""
+    found = next(b for b in op.all_backends() if b.name == name)
+    reason = op_module._why_missing(found.library, device)
+    if reason is not None:
+        pytest.skip(f"{name}: {reason}")
+    return found
+
+
+def make(op: Op, sample: Sample, dtype: torch.dtype, device: str = "cpu", salt: str = "") -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{op.name} {sample.label} {salt}".encode()))
+
+    def randn(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    return sample.make(randn)
+
+
+def leaves(op: Op, args: dict[str, Any], dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """Fresh leaves that require gradients, in `dtype` or (None) as they are."""
+    out = {}
+    for name, value in args.items():
+        if isinstance(value, Tensor):
+            value = value.detach().to(dtype or value.dtype).clone().requires_grad_()
+        out[name] = value
+    return out
+
+
+def tensors(args: dict[str, Any]) -> dict[str, Tensor]:
+    return {k: v for k, v in args.items() if isinstance(v, Tensor)}
+
+
+def value_and_grads(fn: Callable[..., Tensor], args: dict[str, Any], rounded_to: torch.dtype) -> dict[str, Tensor]:
+    """The output and the gradient of every tensor, for one cotangent that is exact in `rounded_to`."""
+    out = fn(**args)
+    generator = torch.Generator().manual_seed(7)
+    cotangent = torch.randn(out.shape, generator=generator).to(rounded_to).to(out)
+    given = tensors(args)
+    grads = torch.autograd.grad(out, list(given.values()), cotangent)
+    return {"value": out.detach()} | {f"d_{k}": g for k, g in zip(given, grads)}
+
+
+def err(x: Tensor, exact: Tensor) -> float:
+    return (x.double().cpu() - exact.cpu()).abs().max().item() if x.numel() else 0.0
+
+
+def assert_rule(got: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
+    for name, reference in exact.items():
+        assert got[name].shape == reference.shape, name
+        assert got[name].dtype == plain[name].dtype, name
+        ulp = torch.finfo(got[name].dtype).eps * (reference.abs().max().item() if reference.numel() else 0.0)
+        allowed = 2 * err(plain[name], reference) + 2 * ulp
+        assert err(got[name], reference) <= allowed, f"{name}: {err(got[name], reference):.3e} > {allowed:.3e}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize(("op", "name", "device"), RUNS)
+def test_value_and_gradients(op: Op, name: str, device: str, dtype: torch.dtype) -> None:
+    need(op, name, device)
+    for sample in small(op):
+        args = make(op, sample, dtype, device)
+        exact = value_and_grads(op.ref, leaves(op, args, torch.float64), dtype)
+        with backend("reference"):
+            plain = value_and_grads(op, leaves(op, args), dtype)
+        with backend(name):
+            got = value_and_grads(op, leaves(op, args), dtype)
+        try:
+            assert_rule(got, plain, exact)
+        except AssertionError as failure:
+            raise AssertionError(f"{sample.label}: {failure}") from None
+
+
+@pytest.mark.parametrize(("op", "name", "device"), CPU_RUNS)
+def test_buffers_are_filled_and_not_overrun_in_any_program_order(op: Op, name: str, device: str) -> None:
+    """NaN-poisoned allocations between sentinels, programs in random order: same results, nothing outside touched."""
+    from maetok_fast.kernels._interpreter import red_zones, shuffled_programs
+
+    found = need(op, name, device)
+    for seed, sample in enumerate(small(op)):
+        bound = op._coerce(op.bind((), make(op, sample, torch.float32)))
+        plain = launch(op, found, bound)
+        with red_zones(), shuffled_programs(seed) if name == "triton" else contextlib.nullcontext():
+            guarded = launch(op, found, bound)
+        for a, b in zip(plain, guarded):
+            assert torch.equal(a, b), sample.label
+
+
+def launch(op: Op, found: Backend, bound: tuple[Any, ...]) -> list[Tensor]:
+    """A backend's launchers, forward and backward, called directly."""
+    own = op.names.index(op.residual) if op.residual else -1
+    needs = [isinstance(a, Tensor) and i != own for i, a in enumerate(bound)]
+    out, *saved = found.forward(*bound)
+    grads = found.backward(torch.ones_like(out), [out, *saved] if op.keep_output else saved, bound, needs)
+    return [out, *[g for g, n in zip(grads, needs) if n and g is not None]]
+
+
+@pytest.mark.parametrize(("op", "name", "device"), RUNS)
+def test_odd_strides_change_nothing(op: Op, name: str, device: str) -> None:
+    need(op, name, device)
+    for sample in few(op, name):
+        args = make(op, sample, torch.float32, device)
+        odd = {
+            k: torch.stack((v, -v), -1)[..., 0] if isinstance(v, Tensor) else v for k, v in args.items()
+        }  # every stride doubled
+        with backend(name):
+            a, b = (value_and_grads(op, leaves_of(x), torch.float32) for x in (args, odd))
+        for key in a:
+            assert torch.equal(a[key], b[key]), f"{sample.label}: {key}"
+
+
+def leaves_of(args: dict[str, Any]) -> dict[str, Any]:
+    """Leaves that keep their strides."""
+    return {k: v.detach().requires_grad_() if isinstance(v, Tensor) else v for k, v in args.items()}
+
+
+@pytest.mark.parametrize(("op", "name", "device"), RUNS)
+def test_any_subset_of_gradients(op: Op, name: str, device: str) -> None:
+    """Each tensor alone gets the gradient it gets together with the others."""
+    need(op, name, device)
+    sample = small(op)[0]
+    args = make(op, sample, torch.float32, device)
+    with backend(name):
+        together = value_and_grads(op, leaves(op, args), torch.float32)
+        for wanted in tensors(args):
+            alone = leaves(op, args)
+            for key, value in tensors(alone).items():
+                value.requires_grad_(key == wanted)
+            out = op(**alone)
+            cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(7)).to(out)
+            (grad,) = torch.autograd.grad(out, [alone[wanted]], cotangent)
+            torch.testing.assert_close(grad, together[f"d_{wanted}"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("op", "name", "device"), RUNS)
+def test_opcheck(op: Op, name: str, device: str) -> None:
+    """Schema, autograd registration, fake tensors and AOT dispatch, as torch checks them."""
+    need(op, name, device)
+    sample = small(op)[0]
+    bound = op._coerce(op.bind((), leaves(op, make(op, sample, torch.float32, device))))
+    torch.library.opcheck(op._forward_op, (name, *bound))
+
+
+@pytest.mark.parametrize(("op", "name", "device"), RUNS)
+def test_torch_compile_fullgraph(op: Op, name: str, device: str) -> None:
+    need(op, name, device)
+    for i, sample in enumerate(few(op, name)):
+        torch._dynamo.reset()
+        args = make(op, sample, torch.float32, device)
+        # inductor once per op: it shows that the op lives in a generated graph; tracing is the same for all samples
+        compiled = torch.compile(
+            lambda **kw: op(**kw) * 2, fullgraph=True, backend="inductor" if i == 0 else "aot_eager"
+        )
+        with backend(name):
+            eager = value_and_grads(lambda **kw: op(**kw) * 2, leaves(op, args), torch.float32)
+            traced = value_and_grads(compiled, leaves(op, args), torch.float32)
+        for key in eager:
+            torch.testing.assert_close(traced[key], eager[key], rtol=1e-6, atol=1e-6, msg=f"{sample.label}: {key}")
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda o: o.name)
+def test_autocast_rule(op: Op) -> None:
+    """ "lower": fp32 inputs are computed and returned in the autocast dtype; promote: autocast changes nothing."""
+    for sample in small(op):
+        args = make(op, sample, torch.float32)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            under = op(**args)
+        if op.autocast == "lower":
+            lowered = {k: v.bfloat16() if isinstance(v, Tensor) and k not in op.fp32 else v for k, v in args.items()}
+            assert under.dtype == torch.bfloat16
+            assert torch.equal(under, op(**lowered))
+        else:
+            assert under.dtype == torch.float32
+            assert torch.equal(under, op(**args))
+
+
+@pytest.mark.parametrize("op", [o for o in OPS if o.autocast == "promote"], ids=lambda o: o.name)
+def test_mixed_dtypes_promote_as_in_torch(op: Op) -> None:
+    for sample in small(op):
+        args = make(op, sample, torch.float32)
+        first = next(iter(tensors(args)))
+        mixed = args | {first: args[first].bfloat16()}
+        rest = [k for k in tensors(args) if k != first and k not in op.fp32]
+        out = op(**mixed)
+        assert out.dtype == (torch.float32 if rest else torch.bfloat16)
+        torch.testing.assert_close(out.double(), op(**args).double(), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda o: o.name)
+def test_double_backward_is_refused_in_words(op: Op) -> None:
+    args = leaves(op, make(op, small(op)[0], torch.float32))
+    chosen = op.choose(op._coerce(op.bind((), args)))
+    if chosen == "reference":
+        pytest.skip("no kernels here: plain torch differentiates twice")
+    last = list(tensors(args).values())[-1]
+    (grad,) = torch.autograd.grad(op(**args).square().sum(), last, create_graph=True)
+    with pytest.raises(RuntimeError, match="autograd"):
+        torch.autograd.grad(grad.square().sum(), last)
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda o: o.name)
+def test_empty_batch_uses_the_reference_and_keeps_shapes(op: Op) -> None:
+    args = make(op, small(op)[0], torch.float32)
+    batch = next(iter(tensors(args).values())).shape[0]
+    empty = {
+        k: v[:0] if isinstance(v, Tensor) and k not in op.fp32 and v.ndim > 1 and v.shape[0] == batch else v
+        for k, v in args.items()
+    }
+    out = op(**empty)
+    assert out.shape == (0, *op(**args).shape[1:])
+
+
+def test_strict_mode_raises_instead_of_falling_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = ops()["adaln"]
+    monkeypatch.setattr(op_module._State, "strict", True)
+    with pytest.raises(BackendError, match=r"adaln: MAETOK_FAST_STRICT=1 .*empty"):
+        op(torch.zeros(0, 2, 8))
+    with pytest.raises(BackendError, match="float64"):
+        op(torch.zeros(1, 2, 8, dtype=torch.float64))
+
+
+def test_forced_backend_that_cannot_run_says_why() -> None:
+    need(ops()["rope_attention"], "triton", "cpu")
+    why = r"rope_attention: backend 'triton' was forced .*head_dim 12"
+    with backend("triton"), pytest.raises(BackendError, match=why):
+        ops()["rope_attention"](torch.zeros(1, 2, 3, 1, 12))
+    known = r"unknown backend 'cudnn': expected one of .*native.*reference"
+    with pytest.raises(ValueError, match=known), backend("cudnn"):
+        pass
+
+
+def test_reason_names_each_backend() -> None:
+    reasons = ops()["rope_attention"].reason(torch.zeros(0, 2, 3, 1, 64))
+    assert set(reasons) == {"native"}
+    assert "empty" in (reasons["native"] or "") or "native library" in (reasons["native"] or "")
+
+
+def test_a_fallback_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    op_module._LOGGED.clear()
+    with caplog.at_level("DEBUG", logger="maetok_fast"):
+        for _ in range(3):
+            ops()["adaln"](torch.zeros(1, 2, 8, dtype=torch.float64))
+    messages = [r.message for r in caplog.records if r.message.startswith("adaln")]
+    assert len(messages) == 1
+    assert "native" in messages[0]
+
+
+def test_arguments_are_bound_like_a_python_call() -> None:
+    adaln = ops()["adaln"]
+    x = torch.randn(1, 2, 8)
+    assert torch.equal(adaln(x, None, None, None, None, 1e-3), adaln(x=x, eps=1e-3))
+    with pytest.raises(TypeError, match="unexpected argument 'epsilon'; it takes x, shift"):
+        adaln(x, epsilon=1e-3)
+    with pytest.raises(TypeError, match="two values for 'x'"):
+        adaln(x, x=x)
+    with pytest.raises(TypeError, match="misses x"):
+        adaln(eps=1e-3)
+    with pytest.raises(TypeError, match="misses gate, branch"):
+        ops()["gate_residual"](x)
+    with pytest.raises(TypeError, match="expects a tensor as x, got list"):
+        adaln([1.0])
+    with pytest.raises(TypeError, match="takes 7 arguments but 8"):
+        adaln(x, None, None, None, None, 1e-6, 1.0, 2)
+
+
+def test_one_name_is_registered_once() -> None:
+    op = OPS[0]
+    with pytest.raises(RuntimeError, match=f"op '{op.name}' is registered twice"):
+        dataclasses.replace(op)
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda o: o.name)
+def test_records_are_complete(op: Op) -> None:
+    """A docstring, small and real samples with distinct labels, and a cost that counts at least inputs and output."""
+    assert op.__doc__
+    labels = [s.label for s in op.samples()]
+    assert len(set(labels)) == len(labels)
+    assert any(s.real for s in op.samples())
+    assert small(op)
+    for sample in small(op):
+        args = make(op, sample, torch.float32)
+        cost = op.cost(**args)
+        out = op(**args)
+        assert cost.flops > 0
+        assert cost.launches >= 1
+        assert cost.bytes >= out.numel() * out.element_size() + tensors(args)[op.names[0]].numel()
+    assert [name for name, _ in op.backends("cpu")][-1] == "reference"
