@@ -97,9 +97,10 @@ class Report:
 def record(arch: int, dtypes: tuple[str, ...] = ("bfloat16", "float32")) -> tuple[list[Launch], dict[str, int]]:
     """(distinct launches, number of launches by "op | direction | sample") of every op's real samples on sm_`arch`."""
     import torch
+    from triton.runtime.jit import JITFunction
+
     from maetok_fast.kernels import ops
     from maetok_fast.kernels._tiles import pretend_arch
-    from triton.runtime.jit import JITFunction
 
     seen: dict[Launch, None] = {}
     counts: dict[str, int] = {}

@@ -29,16 +29,17 @@ class _Missing:
         return args[0] if len(args) == 1 and callable(args[0]) and not kwargs else self
 
 
-triton: Any
-tl: Any
-try:
-    import triton
-    import triton.language as tl
+def _import() -> tuple[Any, Any, str | None]:
+    """(triton, triton.language, why they are missing or None)."""
+    try:
+        import triton
+        import triton.language
+    except ImportError as error:
+        return _Missing(), _Missing(), str(error)
+    return triton, triton.language, None
 
-    _IMPORT_ERROR: str | None = None
-except ImportError as error:
-    triton = tl = _Missing()
-    _IMPORT_ERROR = str(error)
+
+triton, tl, _IMPORT_ERROR = _import()
 
 if INTERPRET and _IMPORT_ERROR is None:
     from . import _interpreter

@@ -233,6 +233,8 @@ def _unsupported(backend: str, qkv: Tensor, *rest: Any) -> str | None:
     first_query, num_queries = rest[-2:]
     if batch == 0 or heads == 0 or (n - first_query if num_queries is None else num_queries) == 0:
         return "there is nothing to compute (an empty batch or no queries)"
+    if backend == "native" and (head_dim % 2 or head_dim > 512):
+        return f"head_dim {head_dim}: the kernels take even ones up to 512"
     if backend == "triton":
         if head_dim % 8 or not 16 <= head_dim <= 128:
             return f"head_dim {head_dim}: the kernels take multiples of 8 from 16 to 128"

@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from maetok_fast.kernels import Backend, BackendError, Op, Sample, backend, ops
 from maetok_fast.kernels import _op as op_module
-from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OPS = list(ops().values())

@@ -1,0 +1,192 @@
+# Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
+"""What is special about rope_attention: the table, the layouts of the three models, random shapes, and its errors."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from maetok_fast.kernels import _native, backend, rope_attention, rope_attention_ref, rope_table
+
+
+def grid(height: int, width: int) -> torch.Tensor:
+    n = torch.arange(height * width)
+    return torch.stack((n % width, n // width), 1)
+
+
+def complex_rotation(x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
+    """x (B, M, heads, head_dim) rotated by angle (heads, M, head_dim / 2), written with complex numbers."""
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+    turned = pairs * torch.polar(torch.ones_like(angle), angle).transpose(0, 1)
+    return torch.view_as_real(turned).flatten(-2)
+
+
+def naive(qkv: torch.Tensor, angle: torch.Tensor, prefix: int) -> torch.Tensor:
+    """softmax(q k^T / sqrt(d)) v with the image tokens rotated, one step at a time."""
+    q, k, v = qkv.unbind(2)
+    stop = prefix + angle.shape[1]
+    q, k = (torch.cat((t[:, :prefix], complex_rotation(t[:, prefix:stop], angle), t[:, stop:]), 1) for t in (q, k))
+    weights = torch.einsum("bnhd,bmhd->bhnm", q, k).div(math.sqrt(qkv.shape[-1])).softmax(-1)
+    return torch.einsum("bhnm,bmhd->bnhd", weights, v).flatten(2)
+
+
+def test_mixed_frequencies_against_complex_numbers() -> None:
+    torch.manual_seed(1)
+    heads, head_dim, pos = 3, 16, grid(3, 5)
+    freqs = torch.randn(2, heads, head_dim // 2, dtype=torch.float64, requires_grad=True)
+    qkv = torch.randn(2, 1 + 15 + 4, 3, heads, head_dim, dtype=torch.float64, requires_grad=True)
+    table = rope_table(freqs, pos)
+    assert table.shape == (2, heads, 15, head_dim // 2)
+    angle = pos[:, 0, None] * freqs[0].unsqueeze(1) + pos[:, 1, None] * freqs[1].unsqueeze(1)
+    ours, theirs = rope_attention(qkv, table, prefix=1), naive(qkv, angle, 1)
+    torch.testing.assert_close(ours, theirs)
+    cotangent = torch.randn_like(ours)
+    for a, b in zip(*(torch.autograd.grad(o, (freqs, qkv), cotangent) for o in (ours, theirs))):
+        torch.testing.assert_close(a, b)
+
+
+def test_table_of_all_layers_at_once_is_each_layers_table() -> None:
+    freqs, pos = torch.randn(2, 4, 3, 8), grid(2, 3)
+    tables = rope_table(freqs, pos)
+    assert tables.shape == (4, 2, 3, 6, 8)
+    for layer in range(4):
+        torch.testing.assert_close(tables[layer], rope_table(freqs[:, layer], pos), rtol=0, atol=0)
+
+
+def test_table_stays_fp32_under_autocast_and_for_half_frequencies() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert rope_table(torch.randn(2, 1, 4), grid(2, 2)).dtype == torch.float32
+    assert rope_table(torch.randn(2, 1, 4).bfloat16(), grid(2, 2)).dtype == torch.float32
+
+
+def test_axial_layouts_are_mixed_with_zeros() -> None:
+    """MAETok's axial: first half of the pairs x, second y. LightningDiT's: first half rows, second columns."""
+    pos, quarter = grid(4, 4), 4
+    f = 10.0 ** -torch.arange(quarter).div(quarter)
+    zero = torch.zeros(quarter)
+    maetok = rope_table(torch.stack((torch.cat((f, zero)), torch.cat((zero, f))))[:, None], pos)
+    lightning = rope_table(torch.stack((torch.cat((zero, f)), torch.cat((f, zero))))[:, None], pos)
+    torch.testing.assert_close(maetok[0, 0, :, :quarter], (pos[:, 0, None] * f).cos())
+    torch.testing.assert_close(maetok[1, 0, :, quarter:], (pos[:, 1, None] * f).sin())
+    torch.testing.assert_close(lightning[0, 0, :, :quarter], (pos[:, 1, None] * f).cos())
+
+
+def test_attention_depends_on_relative_positions_only() -> None:
+    qkv = torch.randn(1, 12, 3, 2, 16)
+    freqs, pos = torch.randn(2, 2, 8), grid(3, 4)
+    here, moved = (rope_attention(qkv, rope_table(freqs, p)) for p in (pos, pos + torch.tensor([5, -2])))
+    torch.testing.assert_close(here, moved, rtol=1e-4, atol=1e-4)
+
+
+def test_pruned_queries_are_rows_of_the_whole() -> None:
+    qkv = torch.randn(2, 30, 3, 2, 64)
+    table = rope_table(torch.randn(2, 2, 32), grid(4, 5))
+    whole = rope_attention(qkv, table, prefix=1)
+    latents = rope_attention(qkv, table, prefix=1, first_query=21)
+    image = rope_attention(qkv, table, prefix=1, first_query=1, num_queries=20)
+    torch.testing.assert_close(latents, whole[:, 21:], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(image, whole[:, 1:21], rtol=1e-5, atol=1e-5)
+
+
+shapes = st.fixed_dictionaries(
+    {
+        "batch": st.integers(1, 3),
+        "prefix": st.integers(0, 2),
+        "rotated": st.integers(0, 9),
+        "latents": st.integers(0, 5),
+        "heads": st.integers(1, 3),
+        "head_dim": st.sampled_from([2, 6, 16, 24, 64, 72, 96]),
+        "shared": st.booleans(),
+        "norm": st.sampled_from(["none", "rms", "layer"]),
+        "dtype": st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+        "seed": st.integers(0, 2**31),
+    }
+)
+
+
+def draw(case: dict[str, Any], data: st.DataObject) -> dict[str, Any]:
+    torch.manual_seed(case["seed"])
+    n = max(1, case["prefix"] + case["rotated"] + case["latents"])
+    args: dict[str, Any] = {"qkv": torch.randn(case["batch"], n, 3, case["heads"], case["head_dim"]).to(case["dtype"])}
+    if case["rotated"]:
+        angle = torch.randn(1 if case["shared"] else case["heads"], case["rotated"], case["head_dim"] // 2)
+        args |= {"rope": torch.stack((angle.cos(), angle.sin())), "prefix": case["prefix"]}
+    first = data.draw(st.integers(0, n - 1))
+    args |= {"qk_norm": case["norm"], "first_query": first, "num_queries": data.draw(st.integers(1, n - first))}
+    if case["norm"] != "none":
+        args |= {"q_weight": torch.randn(case["head_dim"]), "k_weight": torch.randn(case["head_dim"])}
+    return args
+
+
+def check(args: dict[str, Any], name: str) -> None:
+    exact = rope_attention_ref(**{k: v.double() if isinstance(v, torch.Tensor) else v for k, v in args.items()})
+    with backend("reference"):
+        plain = rope_attention(**args)
+    with backend(name):
+        ours = rope_attention(**args)
+    bound = 2 * (plain.double() - exact).abs().max() + 2 * torch.finfo(ours.dtype).eps * exact.abs().max()
+    assert (ours.double() - exact).abs().max() <= bound
+
+
+@pytest.mark.skipif(_native.why_missing() is not None, reason=str(_native.why_missing()))
+@given(case=shapes, data=st.data())
+@settings(max_examples=80, deadline=None, derandomize=True)
+def test_native_on_random_shapes(case: dict[str, Any], data: st.DataObject) -> None:
+    check(draw(case, data), "native")
+
+
+@given(case=shapes.filter(lambda c: c["head_dim"] >= 16), data=st.data())
+@settings(max_examples=12, deadline=None, derandomize=True)
+def test_triton_on_random_shapes(case: dict[str, Any], data: st.DataObject) -> None:
+    from maetok_fast.kernels._triton import why_no_triton
+
+    if why_no_triton("cpu") is not None:
+        pytest.skip(str(why_no_triton("cpu")))
+    check(draw(case, data), "triton")
+
+
+QKV = torch.zeros(2, 10, 3, 4, 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"qkv": torch.zeros(2, 10, 2, 4, 8)}, r"qkv must be \(B, N, 3, heads, head_dim\), got \(2, 10, 2, 4, 8\)"),
+        ({"rope": torch.zeros(2, 3, 9, 4)}, r"rope must be \(2, 4 or 1, M, 4\) for 4 heads of 8, got \(2, 3, 9, 4\)"),
+        (
+            {"rope": torch.zeros(2, 4, 9, 4), "prefix": 2},
+            "9 rotated tokens after a prefix of 2 do not fit in 10 tokens",
+        ),
+        ({"qk_norm": "l2"}, "qk_norm must be one of none, rms, layer, got 'l2'"),
+        ({"q_weight": torch.ones(8)}, "q_weight has no meaning with qk_norm='none'"),
+        ({"qk_norm": "rms", "k_bias": torch.ones(8)}, "k_bias has no meaning with qk_norm='rms'"),
+        ({"qk_norm": "layer", "q_weight": torch.ones(4)}, r"q_weight must be \(8,\), got \(4,\)"),
+        ({"first_query": 4, "num_queries": 7}, "queries 4 .. 11 are not within 10 tokens"),
+        ({"qkv": torch.zeros(1, 2, 3, 1, 5), "rope": torch.zeros(2, 1, 1, 2)}, "head_dim must be even, got 5"),
+    ],
+)
+def test_wrong_inputs_are_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        rope_attention(**({"qkv": QKV} | change))
+
+
+def test_head_dims_that_kernels_do_not_take_use_the_reference() -> None:
+    for head_dim in (1, 7, 514):
+        qkv = torch.randn(1, 3, 3, 2, head_dim)
+        out = rope_attention(qkv, qk_norm="layer")
+        torch.testing.assert_close(out, rope_attention_ref(qkv, qk_norm="layer"), rtol=0, atol=0)
+        assert "head_dim" in (rope_attention.reason(qkv)["native"] or "head_dim: no native library")
+
+
+def test_wrong_frequencies_are_named() -> None:
+    with pytest.raises(ValueError, match=r"freqs must be \(2, heads, F\)"):
+        rope_table(torch.zeros(3, 4, 5), grid(2, 2))
+    with pytest.raises(ValueError, match=r"pos must be \(M, 2\)"):
+        rope_table(torch.zeros(2, 1, 5), torch.zeros(4))
+    with pytest.raises(TypeError, match=r"floating-point tensor, got torch.int64"):
+        rope_attention(torch.zeros(1, 2, 3, 1, 8, dtype=torch.long))
