@@ -241,7 +241,7 @@ def _split(linear: nn.Linear, count: int, dtype: torch.dtype) -> nn.ModuleList:
     """One layer per equal part of the output: each part comes out contiguous instead of being copied."""
     parts = nn.ModuleList()
     for weight, bias in zip(linear.weight.chunk(count), linear.bias.chunk(count), strict=True):
-        part = nn.Linear(*weight.shape[::-1], device="meta")
+        part = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
         part.weight = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
         part.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
         parts.append(part)
