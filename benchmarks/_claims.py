@@ -1,3 +1,4 @@
+# Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 """The two claims of the paper, factor by factor.
 
     a chain of configurations  r0 -> r1 -> ... -> rn, each changing one thing; factor i = rate(ri) / rate(ri-1)

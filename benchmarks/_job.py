@@ -1,3 +1,4 @@
+# Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 """The measurements behind throughput.py: one `Job` per run, one method per thing measured."""
 
 from __future__ import annotations

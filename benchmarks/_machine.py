@@ -1,3 +1,4 @@
+# Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 """What the machine is, and how fast it can be: a description, a matmul per dtype and the copy bandwidth.
 
 Every benchmark writes these beside its numbers: an img/s means little without the ceiling measured in the same run.

@@ -1,3 +1,4 @@
+# Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 """What a run leaves behind: the printed table, the bar chart, the contact sheet and the JSON file.
 
 Marks: a bare number was measured in this run; † was computed from measured parts or counts; ‡ is cited.
@@ -58,21 +59,21 @@ class Row:
 COLUMNS = {
     "gflops": "GFLOPs\n/img",
     "step": "guided step\nms/img",
-    "gemm": "of GEMM\nrate, %",
+    "gemm": "GEMM\nrate %",
     "sample": "sample\nimg/s",
     "train": "train\nimg/s",
     "encode": "encode\nimg/s",
     "decode": "decode\nimg/s",
-    "memory_sample": "peak GB\nsampling",
-    "memory_train": "peak GB\ntraining",
+    "memory_sample": "GB to\nsample",
+    "memory_train": "GB to\ntrain",
 }
 
 
 def number(value: float) -> str:
-    """Three significant digits without exponents."""
+    """Three significant digits without exponents, two below 0.01."""
     if value == 0 or abs(value) >= 100:
         return f"{value:,.0f}"
-    digits = max(0, 2 - int(np.floor(np.log10(abs(value)))))
+    digits = (2 if abs(value) >= 0.01 else 1) - int(np.floor(np.log10(abs(value))))
     return f"{value:.{digits}f}"
 
 
@@ -220,7 +221,7 @@ def _factor_bars(axes: Any, claim: Claim) -> None:
         axes.text(
             cited, count + 0.62, f"paper: {number(cited)}x ", ha="right", va="center", fontsize=9, color="#555555"
         )
-    axes.set_yticks(range(count + 1), [*labels, "product"], fontsize=9)
+    axes.set_yticks(range(count + 1), [*labels, f"product\n({claim.mark})"], fontsize=9)
     axes.set_ylim(count + 0.9, -0.6)
     axes.set_xscale("log")
     axes.set_xlim(0.8, max(product, cited or 1) * 2.2)

@@ -1,3 +1,4 @@
+# Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 """Timing by interleaved rounds and medians, and peak memory.
 
 Cases that are to be compared run in turn, round after round, so that a slow phase of the machine hits all of them;

@@ -1,3 +1,4 @@
+# Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 """The things that throughput.py times: models that share one set of weights, and one step of each kind.
 
 Generators: `ours` holds fp32 masters; the peers' parameters ARE those tensors (or one bf16 copy of them), and the

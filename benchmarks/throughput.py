@@ -1,3 +1,4 @@
+# Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 """How fast: photographs through the tokenizer, the generator's steps, and the paper's two claims factor by factor.
 
     python benchmarks/throughput.py --tokens 128 --res 512
@@ -36,7 +37,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--tokens", type=int, default=128, help="latent tokens of the tokenizer and the generator (default 128)")
     add("--res", type=int, default=512, help="image resolution in pixels, a multiple of 16 (default 512)")
     add("--model", choices=sorted(_workload.SIZES), help="generator size (default sit-xl; sit-b with --quick)")
-    add("--batch", type=int, help="images per forward at --tokens (default 8, 64 on CUDA); the 1024-token rows get the "
+    add("--batch", type=int, help="images per forward at --tokens (default 4, 64 on CUDA); the grid rows get the "
         "batch with as many tokens")  # fmt: skip
     add("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="precision of the fast rows (default bf16)")
     add("--device", default="cpu", help="cpu (default) or cuda")
@@ -61,7 +62,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA device here; use --device cpu")
     args.model = args.model or ("sit-b" if args.quick else "sit-xl")
-    args.batch = args.batch or (64 if args.device.startswith("cuda") else 8)
+    args.batch = args.batch or (64 if args.device.startswith("cuda") else 4)
     return args
 
 
@@ -136,8 +137,9 @@ def main(argv: list[str] | None = None) -> None:
 
         job, fields, claims = run(args, tick)
     rows = list(job.rows.values())
-    title = f"{args.tokens} tokens, {args.res} px, {args.model}, on {_machine.headline(fields['machine'])}"
-    console = Console(width=max(console.width, 125))
+    model = "-".join(("SiT", args.model[4:].upper())) if args.model.startswith("sit-") else args.model
+    title = f"{model}, {args.tokens} tokens, {args.res} px, on {_machine.headline(fields['machine'])}"
+    console = Console(width=max(console.width, 132))
     _report.print_report(console, rows, claims, title, notes(job, fields))
     files = {name: args.out / name for name in ("contact_sheet.png", "throughput.png", "throughput.json")}
     _report.contact_sheet(files["contact_sheet.png"], *job.pictures, caption(fields))

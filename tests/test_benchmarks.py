@@ -1,3 +1,4 @@
+# Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 """The benchmark's own arithmetic, its honest peers, and one tiny run from photographs to pictures."""
 
 from __future__ import annotations
@@ -223,7 +224,8 @@ def test_machine():
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(0, "0"), (1234.6, "1,235"), (99.96, "100.0"), (3.456, "3.46"), (0.01234, "0.0123")]
+    ("value", "text"),
+    [(0, "0"), (1234.6, "1,235"), (99.96, "100.0"), (3.456, "3.46"), (0.01234, "0.0123"), (0.001234, "0.0012")],
 )
 def test_numbers(value, text):
     assert _report.number(value) == text

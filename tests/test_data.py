@@ -1,3 +1,4 @@
+# Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 """Image files: geometry, range, orientation, odd modes and damaged files."""
 
 from __future__ import annotations

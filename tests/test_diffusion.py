@@ -1,3 +1,4 @@
+# Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 """Samplers against exact solutions, guidance against its formulas, and the work that each run is charged for."""
 
 from __future__ import annotations

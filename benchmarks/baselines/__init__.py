@@ -1,3 +1,4 @@
+# Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 """Plain-PyTorch peers: SiT, MAETok and the SD-VAE decoder written the way public code runs them.
 
 No fused op, nothing hoisted, nothing pruned. They load the same state dicts as maetok_fast's models and give the same

@@ -1,3 +1,4 @@
+# Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 """MAETok's encoder and decoder in plain PyTorch (mixed 2-D RoPE, plain and MoVQ decoders), inference only.
 
     encode: [cls | patches] + pos_embed, then [.. | latent tokens] -> blocks -> last L -> 32 channels

@@ -1,3 +1,4 @@
+# Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 """The decoder that 1024-token models need: Stable Diffusion's f8 VAE decoder in plain PyTorch, to count its work.
 
 (B, 4, h, w) -> conv 512 -> [res, attention, res] -> 4 levels of 3 res blocks, widths 512 512 256 128,

@@ -1,3 +1,4 @@
+# Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 """SiT in plain PyTorch, on token latents (B, L, C) and on grids (B, C, H, W), and its public guided sampling step.
 
 x -> embed + positions -> depth x [ x += gate f(LayerNorm(x) (1 + scale) + shift), f = attention, MLP ] -> linear

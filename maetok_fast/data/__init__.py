@@ -1,3 +1,4 @@
+# Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 """Reading images for the models: files in, (3, res, res) tensors in [-1, 1] out."""
 
 from __future__ import annotations

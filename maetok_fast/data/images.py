@@ -1,3 +1,4 @@
+# Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 """Image files to tensors with PIL alone (no torchvision), the way evaluation reads them.
 
     file -> PIL decode -> EXIF orientation -> RGB -> bicubic resize of the shorter side -> centre crop -> [-1, 1]

@@ -1,3 +1,4 @@
+# Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 """Paths, samplers and guidance for velocity models.
 
     paths.py      x_t = alpha(t) data + sigma(t) noise: mixing, velocity, score, training times, time conventions

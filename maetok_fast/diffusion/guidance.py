@@ -1,3 +1,4 @@
+# Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 """The one place where a sampler's velocity is evaluated.
 
     guidance 1            one conditional forward of B rows
@@ -73,12 +74,12 @@ class Velocity:
         active = [i for i, t in enumerate(self.ts) if guidance.active(t)]
         plain = [i for i in range(len(self.ts)) if i not in set(active)]
         null = torch.full_like(y, guidance.null_label)
+        self._both: _Branch | None = None
+        self._negative: _Branch | None = None
         if guidance.negative is None:
             self._both = _Branch(model, y=torch.cat([y, null]), ts=ts, steps=active)
-            self._negative = None
             self._plain = _Branch(model, y=y, ts=ts, steps=plain, extra=extra)
         else:
-            self._both = None
             self._negative = _Branch(guidance.negative, y=y, ts=ts, steps=active)
             self._plain = _Branch(model, y=y, ts=ts, steps=list(range(len(self.ts))), extra=extra)
 

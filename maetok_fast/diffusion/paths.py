@@ -1,3 +1,4 @@
+# Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 """Interpolation paths between data (t = 0) and noise (t = 1).
 
     x_t = alpha(t) x + sigma(t) e          v = dx_t/dt = alpha'(t) x + sigma'(t) e

@@ -1,3 +1,4 @@
+# Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 """ODE and SDE samplers from noise (t = 1) to data (t = 0).
 
     method   step                                                       NFE for n steps
@@ -79,7 +80,7 @@ def sample(
         raise ValueError(
             f"y must be int64 labels of shape ({len(noise)},), one per sample; got {y.dtype} {tuple(y.shape)}"
         )
-    settings = Guidance(guidance, tuple(interval), negative, guidance_channels, temperature, null_label)
+    settings = Guidance(guidance, (interval[0], interval[1]), negative, guidance_channels, temperature, null_label)
     if method == "sde":
         ts = torch.linspace(1.0, SDE_LAST_TIME, steps, dtype=torch.float64)
     else:
