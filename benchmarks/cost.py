@@ -2,7 +2,7 @@
 """What every Triton kernel costs on each GPU architecture, without a GPU.
 
     python benchmarks/cost.py            compile and print the table
-    python benchmarks/cost.py --write    ... and store it in benchmarks/cost.json
+    python benchmarks/cost.py --write    ... and store it in benchmarks/cost.json and COST.md
     python benchmarks/cost.py --check    ... and fail where it is worse than the stored one, or breaks a rule
 
 The ops' launchers run forward and backward on meta tensors of the models' real shapes (`Op.samples(real=True)`) while
@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 TABLE = Path(__file__).with_name("cost.json")
+PAGE = Path(__file__).with_name("COST.md")
 ARCHS = (80, 90, 100)
 MMA = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA|QGMMA|QMMA|IMMA)\b")
 TENSOR_CORE = ("attention_fwd", "attention_bwd_dq", "attention_bwd_dkdv")  # must use them in 16 bits
@@ -296,6 +297,31 @@ def save(report: Report, path: Path = TABLE) -> None:
     path.write_text(text.replace("}, {", "},\n{").replace('"rows": [', '"rows": [\n').replace("}], ", "}],\n") + "\n")
 
 
+def markdown(report: Report) -> str:
+    """The table as a page: one line a kernel, registers / spilled bytes / shared bytes / tensor-core instructions."""
+    lines = [
+        "# What the GPU kernels cost",
+        "",
+        f"Printed by `python benchmarks/cost.py --write` (Triton {report.triton}), held by `tests/test_cost.py` and",
+        "`--check`. Each cell: registers a thread / bytes spilled / shared memory a block in bytes / tensor-core",
+        "instructions; compiled for the models' real shapes, no GPU involved, so nothing here is a speed.",
+        "",
+        "| kernel | sm_80 | sm_90 | sm_100 |",
+        "|---|---|---|---|",
+    ]
+    cells: dict[tuple[str, str], dict[int, str]] = {}
+    for row in report.rows:
+        cell = f"{row.registers} / {row.spill} / {row.shared} / {row.mma}"
+        cells.setdefault((row.op, row.launch), {})[row.arch] = cell
+    lines += [
+        f"| {launch} | " + " | ".join(by_arch.get(arch, "") for arch in ARCHS) + " |"
+        for (_, launch), by_arch in cells.items()
+    ]
+    lines += ["", "| op | direction | shape | launches |", "|---|---|---|---|"]
+    lines += [f"| {key} | {count} |" for key, count in report.launches.items()]
+    return "\n".join(lines) + "\n"
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--write", action="store_true", help=f"store the table in {TABLE.name}")
@@ -330,7 +356,8 @@ def main(argv: list[str] | None = None) -> int:
         problems += regressions(report, load())
     if args.write:
         save(report)
-        console.print(f"wrote {TABLE.name}")
+        PAGE.write_text(markdown(report))
+        console.print(f"wrote {TABLE.name} and {PAGE.name}")
     for problem in problems:
         console.print(f"[red]{problem}")
     return 1 if problems and args.check else 0

@@ -119,7 +119,6 @@ def ops() -> dict[str, Op]:
     return dict(_RECORDS)
 
 
-@torch.compiler.assume_constant_result
 def _why_missing(library: str | None, device: str) -> str | None:
     """Why `library` cannot run on `device` here, or None. Constant in a process, hence also for torch.compile."""
     if library == "native":
@@ -127,6 +126,10 @@ def _why_missing(library: str | None, device: str) -> str | None:
     if library == "triton":
         return why_no_triton(device)
     return None
+
+
+# What torch.compiler.assume_constant_result sets; calling it would import torch._dynamo (1.7 s) with this package.
+_why_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _log_once(op: str, name: str, reason: str) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -39,7 +39,13 @@ def _import() -> tuple[Any, Any, str | None]:
     return triton, triton.language, None
 
 
-triton, tl, _IMPORT_ERROR = _import()
+if TYPE_CHECKING:
+    import triton
+    import triton.language as tl
+
+    _IMPORT_ERROR: str | None
+else:
+    triton, tl, _IMPORT_ERROR = _import()
 
 if INTERPRET and _IMPORT_ERROR is None:
     from . import _interpreter

@@ -457,6 +457,7 @@ def _samples() -> Iterable[Sample]:
     yield _case("more rows than one chunk", (2, 21, 16), 0, True)
     for batch, n, width, label in _REAL:
         yield _case(label, (batch, n, width), 0 if width == 1152 else None, width == 768, real=True)
+    yield _case("MAETok-B decoder 256 px", (4, 384, 768), 128, False, offset=0.0, real=True)
 
 
 def _gate_case(label: str, shape: tuple[int, int, int], kind: int, real: bool = False) -> Sample:

@@ -297,6 +297,7 @@ def _samples() -> Iterable[Sample]:
         (4, "SiT-XL/2 1024 tokens", 1024, 16, 72, 0, 0),
     ):
         yield _case(label, (batch, n, heads, head_dim), rotated, prefix, real=True)
+    yield _case("LightningDiT-XL 256 tokens", (4, 256, 16, 72), 256, 0, shared=True, norm="rms", real=True)
 
 
 def _cost(qkv: Tensor, rope: Tensor | None = None, *rest: Any, **named: Any) -> Cost:

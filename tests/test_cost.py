@@ -45,6 +45,10 @@ def test_saving_and_loading_is_the_identity(cost: ModuleType, tmp_path: Path) ->
     assert (tmp_path / "cost.json").read_text() == cost.TABLE.read_text()
 
 
+def test_the_page_is_the_table(cost: ModuleType) -> None:
+    assert cost.PAGE.read_text() == cost.markdown(cost.load())
+
+
 @pytest.mark.parametrize(
     ("column", "change", "message"),
     [
