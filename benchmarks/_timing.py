@@ -39,7 +39,7 @@ def interleave(
     *,
     until: float = math.inf,
     rounds: int = 5,
-    once: float = 5.0,
+    once: float = 10.0,
     tick: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Timing]:
     """Time all cases in turn, `rounds` times each; no round starts after `until` (time.perf_counter's clock).
