@@ -5,7 +5,7 @@
                    "packed"  CPU, bf16 / fp32               (in the GEMM's epilogue, before the one rounding)
                    "dense"   every other device or dtype: F.linear, then the same steps apart
 
-What each part buys on SiT-XL's shapes on a CPU with AMX (benchmarks/models.py --linear prints it): F.linear re-lays the
+What each part buys on SiT-XL's shapes on a CPU with AMX (benchmarks/models.py linear prints it): F.linear re-lays the
 bf16 weight inside every call; packed once, the GEMM takes 0.6-0.9 of the time where the output is wide (qkv, fc1) and
 the same time where the reduction is long (fc2). oneDNN's tanh-GELU epilogue costs 25-30 % of the GEMM, erf's 10 %: so
 bf16 tanh-GELU and SiLU run as a native pass over the output (csrc/cpu/activation.cpp) and erf stays in the epilogue.
