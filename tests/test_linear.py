@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from maetok_fast.kernels import _native
 from maetok_fast.kernels.linear import ACTIVATIONS, PackedLinear, why_not_packed
-from torch import Tensor, nn
 
 CPU = torch.device("cpu")
 
