@@ -23,6 +23,9 @@ not depend on the number of threads. ``T | None`` may be None.
     gate_residual_fwd(x, gate, branch, y, gate_kind)
     gate_residual_bwd(dy, gate, branch, dbranch, dgate, gate_kind)
         gate_kind 0: (D,), 1: (B, D), 2: (B, N, D); for 2 gate and dgate have x's dtype, else any of the three
+    attention_bf16(q, k, v, out, lse): AMX attention, where attention_bf16_usable() is 1
+        q, out (B, Nq, H, hd), k, v (B, N, H, hd) bfloat16, heads and channels contiguous; lse (B, Nq, H) fp32
+    activation_bf16(x, kind): in place; kind 0 tanh-GELU, 1 SiLU
     cpu_variant() -> "x86-64-v2" | "avx2" | "avx512" | "generic"
     cuda_archs() -> "8.0 9.0 ...", "" when built without nvcc
     cuda_status() -> "" when the CUDA kernels can run on this machine, else why not (only when built with nvcc)

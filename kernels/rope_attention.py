@@ -16,7 +16,7 @@ first_query/num_queries prune the queries (a last block needs only the latent or
 Triton: q and k are rotated in registers as they are loaded, so neither is written rotated; unrotated rows load no
 table. head_dim 72 runs as 64 + 16 columns (`_tiles.head_split`). With q/k norm a row kernel writes the normalised,
 rotated q and k once, and the attention kernels take them as they are. CPU: native normalise + rotate, then torch's
-flash attention, forward and backward.
+flash attention or, where that is slow, the native AMX one (`_amx_wins`); torch's flash backward.
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ from ._rope_attention_triton import triton_backward, triton_forward
 __all__ = ["rope_attention", "rope_attention_ref", "rope_table"]
 
 _NORMS = ("none", "rms", "layer")
+# Up to here torch's flash backward is faster in fp32 than in bf16, conversions included (128 tokens: 7.0 against 20.5
+# ms, 385: 49 against 56, 1024: 98 against 81).
+_WIDE_BACKWARD = 512
 
 
 # ---- reference -----------------------------------------------------------------------------------------------------
@@ -148,8 +151,23 @@ def _native_prepare(args: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
+def _amx_wins(q: Tensor, k: Tensor) -> bool:
+    """Whether csrc/cpu/attention.cpp beats torch's flash attention. Torch loses a factor of 2.5 where the number of
+    keys is no multiple of 32 (385 keys: 18.7 ms, 384: 7.1; ours 7.5 and 6.8); ours loses where few queries meet many
+    keys, because it packs K and V in scalar code."""
+    keys, queries = k.shape[2], q.shape[2]
+    fits = q.dtype == torch.bfloat16 and keys % 32 != 0 and 4 * queries >= keys
+    return fits and bool(_native.lib().attention_bf16_usable())
+
+
 def _native_forward(*args: Any) -> tuple[Tensor, ...]:
     q, k, v = _native_prepare(args)
+    if _amx_wins(q, k):
+        batch, heads, count, head_dim = q.shape
+        out = q.new_empty(batch, count, heads, head_dim)
+        lse = q.new_empty(batch, count, heads, dtype=torch.float32)
+        _native.lib().attention_bf16(*(x.transpose(1, 2) for x in (q, k, v)), out, lse)
+        return out.flatten(2), lse.transpose(1, 2)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
     return out.transpose(1, 2).contiguous().flatten(2), lse
 
@@ -159,24 +177,23 @@ def _native_backward(
 ) -> Sequence[Tensor | None]:
     qkv, rope, q_weight, q_bias, k_weight, k_bias, prefix, qk_norm, eps, first_query, num_queries = args
     out, lse = saved
-    batch, _n, _, heads, head_dim = qkv.shape
-    q, k, v = _native_prepare(args)
+    batch, tokens, _, heads, head_dim = qkv.shape
 
     def heads_first(x: Tensor) -> Tensor:
-        return x.reshape(batch, -1, heads, head_dim).transpose(1, 2)
+        return x.view(batch, -1, heads, head_dim).transpose(1, 2)
 
-    dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        heads_first(grad), q, k, v, heads_first(out), lse, 0.0, False
-    )
+    tensors = (heads_first(grad), *_native_prepare(args), heads_first(out))
+    if tokens <= _WIDE_BACKWARD:
+        tensors = tuple(t.float() for t in tensors)
+    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*tensors, lse, 0.0, False)
+    dq, dk, dv = (g.to(qkv.dtype).transpose(1, 2).contiguous() for g in grads)
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     drope = torch.empty_like(rope, memory_format=torch.contiguous_format) if needs[1] else None
     dweights = qkv.new_empty(4, head_dim, dtype=torch.float32) if any(needs[2:6]) else None
-    grads = tuple(g.transpose(1, 2).contiguous() for g in (dq, dk, dv))
     first, norm = _query_range(qkv, first_query, num_queries)[0], _NORMS.index(qk_norm)
     _native.lib().rope_rotate_bwd(
-        qkv, rope, q_weight, q_bias, k_weight, k_bias, *grads, dqkv, drope, dweights,
-        prefix, first, norm, eps,
-    )  # fmt: skip
+        qkv, rope, q_weight, q_bias, k_weight, k_bias, dq, dk, dv, dqkv, drope, dweights, prefix, first, norm, eps
+    )
     rows = [None] * 4 if dweights is None else [r.clone() for r in dweights]
     return [dqkv, drope, *rows, None, None, None, None, None]
 

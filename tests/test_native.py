@@ -14,9 +14,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from maetok_fast.kernels import _native
 from torch import Tensor
 from torch.nn import functional as F
+
+from maetok_fast.kernels import _native
 
 pytestmark = pytest.mark.skipif(_native.why_missing() is not None, reason=str(_native.why_missing()))
 
