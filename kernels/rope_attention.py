@@ -153,10 +153,10 @@ def _native_prepare(args: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
 
 def _amx_wins(q: Tensor, k: Tensor) -> bool:
     """Whether csrc/cpu/attention.cpp beats torch's flash attention. Torch loses a factor of 2.5 where the number of
-    keys is no multiple of 32 (385 keys: 18.7 ms, 384: 7.1; ours 7.5 and 6.8); ours loses where few queries meet many
-    keys, because it packs K and V in scalar code."""
+    keys is no multiple of 32 (385 keys: 19.8 ms, ours 6.8; 384: 6.3 and 6.2) and a fifth at 1024 and more (1152: 56 and
+    46); ours loses where few queries meet many keys, because it packs K and V in scalar code."""
     keys, queries = k.shape[2], q.shape[2]
-    fits = q.dtype == torch.bfloat16 and keys % 32 != 0 and 4 * queries >= keys
+    fits = q.dtype == torch.bfloat16 and (keys % 32 != 0 or keys >= 1024) and 4 * queries >= keys
     return fits and bool(_native.lib().attention_bf16_usable())
 
 
