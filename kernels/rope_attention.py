@@ -182,9 +182,9 @@ def _native_backward(
     def heads_first(x: Tensor) -> Tensor:
         return x.view(batch, -1, heads, head_dim).transpose(1, 2)
 
-    tensors = (heads_first(grad), *_native_prepare(args), heads_first(out))
+    tensors = [heads_first(grad), *_native_prepare(args), heads_first(out)]
     if tokens <= _WIDE_BACKWARD:
-        tensors = tuple(t.float() for t in tensors)
+        tensors = [t.float() for t in tensors]
     grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*tensors, lse, 0.0, False)
     dq, dk, dv = (g.to(qkv.dtype).transpose(1, 2).contiguous() for g in grads)
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)

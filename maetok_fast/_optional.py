@@ -138,17 +138,17 @@ def probe(name: str) -> Status:
         return Status("unusable", _version(package, None), reason)
     try:
         module = importlib.import_module(package.module)
-        reason = package.check(module) if package.check is not None else None
+        problem = package.check(module) if package.check is not None else None
     except Exception as error:  # whatever a broken binary package raises on import
         first = (str(error).strip() or "no message").splitlines()[0]
         reason = f"importing it fails: {type(error).__name__}: {first}"
         return Status("unusable", _version(package, None), reason)
-    if reason is None and package.needs_gpu:
+    if problem is None and package.needs_gpu:
         import torch
 
-        reason = None if torch.cuda.is_available() else "it needs a CUDA device"
-    if reason is not None:
-        return Status("unusable", _version(package, module), reason)
+        problem = None if torch.cuda.is_available() else "it needs a CUDA device"
+    if problem is not None:
+        return Status("unusable", _version(package, module), problem)
     return Status("found", _version(package, module))
 
 
