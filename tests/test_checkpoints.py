@@ -65,7 +65,7 @@ FIELDS: list[dict[str, Any]] = [
     {"image_size": 128},
     {"patch": 8, "decoder_patch": 16},
     {"mask_token": False, "latent_mean": 0.25, "latent_std": 1.5, "decoder_drop_path": 0.05, "rope_theta": 100.0},
-    {"encoder": ViTSize(32, 1, 4, 2.0), "decoder": ViTSize(48, 3, 2)},
+    {"encoder": ViTSize(32, 1, 4, 3.3), "decoder": ViTSize(48, 3, 2)},
 ]
 
 
@@ -86,7 +86,8 @@ def test_maetok_round_trip(fields: dict[str, Any], tmp_path: Path) -> None:
         LightningDiT(LightningDiTConfig(**GENERATOR, tokens=(4, 4))),
         LightningDiT(LightningDiTConfig(**GENERATOR, tokens=(2, 4), qk_norm=True, rmsnorm=False, shift=False)),
         LightningDiT(LightningDiTConfig(**GENERATOR, tokens=(4, 4), swiglu=False, rope=False, time="maetok")),
-        LightningDiT(LightningDiTConfig(**GENERATOR, tokens=5, rope=False)),
+        LightningDiT(LightningDiTConfig(**GENERATOR, tokens=5, mlp_ratio=3.3)),
+        SiT(SiTConfig(**GENERATOR, tokens=6, mlp_ratio=3.3)),
     ],
     ids=lambda m: f"{type(m).__name__}-{m.config.tokens}",
 )
@@ -142,6 +143,28 @@ def test_full_size_shapes_are_detected() -> None:
     assert layout_of(MAETok).detect(shapes, None, {}, ()) == model.config
 
 
+def test_config_beside_a_file_of_any_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = random(SiT(SiTConfig(**{**GENERATOR, "dim": 384, "heads": 4}, tokens=6, time="sit")))
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "ema.safetensors")
+    same(SiT.from_pretrained(tmp_path / "ema.safetensors"), model)
+    assert not caplog.records
+    (tmp_path / "config.json").unlink()
+    assert SiT.from_pretrained(tmp_path / "ema.safetensors").config.heads == 6
+    assert "SiT checkpoint without config.json: assumed heads=6, time='maetok'" in caplog.text
+    caplog.clear()
+    same(SiT.from_pretrained(tmp_path / "ema.safetensors", heads=4, time="sit"), model)
+    assert not caplog.records
+
+
+def test_mixed_dtypes_become_the_widest(tiny: MAETok, tmp_path: Path) -> None:
+    state = {k: v.to(torch.bfloat16 if k.startswith("encoder") else v.dtype) for k, v in tiny.state_dict().items()}
+    save_file(state, tmp_path / "model.safetensors")
+    assert {p.dtype for p in MAETok.from_pretrained(tmp_path).parameters()} == {torch.float32}
+    low = MAETok.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for p in low.parameters()} == {torch.bfloat16}
+
+
 # ---- training files ------------------------------------------------------------------------------------------------
 
 
@@ -172,6 +195,8 @@ def test_training_file(tiny: MAETok, tmp_path: Path) -> None:
     same(MAETok.from_pretrained(tmp_path, prefer="model"), other)
     torch.save({"model": other.state_dict()}, tmp_path / "no_ema.pt")
     same(MAETok.from_pretrained(tmp_path / "no_ema.pt"), other)
+    torch.save({"model": other.state_dict(), "ema": {}}, tmp_path / "empty_ema.pt")
+    same(MAETok.from_pretrained(tmp_path / "empty_ema.pt"), other)
     with pytest.raises(ValueError, match="prefer 'best'"):
         MAETok.from_pretrained(tmp_path, prefer="best")
 
@@ -302,6 +327,7 @@ def test_pickle_with_code_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
     [
         ({"model": {"x": 3}}, "key 'x' holds a int, expected a tensor"),
         ({"model": {3: torch.zeros(1)}}, "key 3 is a int, expected a string"),
+        ({"ema": {}}, "expected a dictionary of tensors or one with 'ema' or 'model', got keys ['ema']"),
         ({"steps": 4}, "expected a dictionary of tensors or one with 'ema' or 'model', got keys"),
         ([torch.zeros(1)], "got list"),
         ({"model": {"module.x": torch.zeros(1), "x": torch.zeros(1)}}, "'x' is there twice"),
@@ -424,9 +450,20 @@ def test_failed_save_leaves_the_old_files(tiny: MAETok, tmp_path: Path, monkeypa
         raise OSError("disk full")
 
     monkeypatch.setattr("safetensors.torch.save_file", half)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(CheckpointError, match="disk full"):
         random(MAETok(TINY), 1).save_pretrained(tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_saving_where_or_what_cannot_be_saved(tiny: MAETok, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"cannot write to .*file/folder"):
+        tiny.save_pretrained(tmp_path / "file" / "folder")
+    with torch.device("meta"):
+        empty = MAETok(TINY)
+    with pytest.raises(CheckpointError, match="is on the meta device and has no values"):
+        empty.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_saved_weights_are_plain_safetensors(tiny: MAETok, tmp_path: Path) -> None:

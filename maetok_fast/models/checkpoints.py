@@ -16,6 +16,7 @@ half a file.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import re
@@ -68,8 +69,9 @@ class Pretrained:
         Hugging Face repository id (`revision`, `token` as in huggingface_hub). allow: shell patterns of keys that may
         be missing, unexpected or mis-shaped ("encoder.freqs*"), and "config.NAME" for keys of config.json that are
         unknown or contradict the weights (the weights win). prefer: which copy of a training file, "ema" or "model";
-        the other one serves where it is absent. dtype: None keeps the stored one. changes: fields of the configuration
-        that neither weights nor config.json tell (`heads=6`, `position="axial"`, `time="sit"`).
+        the other one serves where it is absent. dtype: None keeps the stored one, the widest if there are several.
+        changes: fields of the configuration that neither weights nor config.json tell (`heads=6`, `position="axial"`,
+        `time="sit"`); what is assumed without a config.json is logged as a warning.
         Raises CheckpointError, naming the file and the keys.
         """
         from maetok_fast.models.layouts import layout_of
@@ -100,13 +102,18 @@ class Pretrained:
         if missing:  # keys that the file may lack keep their initial values
             model = cls(config)
         model.load_state_dict(state, strict=False, assign=True)  # type: ignore[attr-defined]
+        stored = {state[k].dtype for k, _ in model.named_parameters() if k in state}  # type: ignore[attr-defined]
+        if dtype is None and stored:  # one dtype: a mixed model cannot be run
+            dtype = functools.reduce(torch.promote_types, stored)
         return model.to(device=device, dtype=dtype).eval()  # type: ignore[attr-defined]
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
         """Writes `config.json` and `model.safetensors` in the public layout into `directory` (made if absent).
 
-        Each file is complete before it gets its name. Returns the directory.
+        Each file is complete before it gets its name. Returns the directory. CheckpointError if nothing can be written
+        there, or if the weights are on the meta device.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         from maetok_fast.models.layouts import layout_of
@@ -115,12 +122,20 @@ class Pretrained:
         directory = Path(directory)
         if directory.exists() and not directory.is_dir():
             raise CheckpointError(f"save_pretrained: {directory} is a file; give a directory")
-        directory.mkdir(parents=True, exist_ok=True)
+        empty = [k for k, v in self.state_dict().items() if v.is_meta]
+        if empty:
+            raise CheckpointError(
+                f"save_pretrained: {empty[0]} is on the meta device and has no values; load some first"
+            )
         tensors = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
         text = json.dumps(layout_of(type(self)).export(self.config), indent=2) + "\n"
-        # weights first: a directory with a config but no weights would look complete to nobody
-        _replace(directory / "model.safetensors", lambda p: save_file(tensors, p, metadata={"format": "pt"}))
-        _replace(directory / "config.json", lambda p: Path(p).write_text(text))
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            # weights first: a directory with a config but no weights would look complete to nobody
+            _replace(directory / "model.safetensors", lambda p: save_file(tensors, p, metadata={"format": "pt"}))
+            _replace(directory / "config.json", lambda p: Path(p).write_text(text))
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"save_pretrained: cannot write to {directory} ({error})") from error
         return directory
 
     def push_to_hub(
@@ -155,7 +170,7 @@ def locate(
         if path.suffix not in (".safetensors", *_TORCH_SUFFIXES):
             raise CheckpointError(f"{path}: expected a .safetensors, .pt, .pth, .bin or .ckpt file")
         beside = path.with_name("config.json")
-        return (beside if path.name in WEIGHTS and beside.is_file() else None), path
+        return (beside if beside.is_file() else None), path
     if path.is_dir():
         found = [path / name for name in WEIGHTS if (path / name).is_file()]
         if not found:
@@ -242,7 +257,8 @@ def _unwrap(state: Any, prefer: str, path: Path) -> Any:
     """The tensors of a training file {model, ema, optimizer, ...}; other dictionaries pass."""
     other = "model" if prefer == "ema" else "ema"
     for name in (prefer, other, "state_dict"):
-        if isinstance(state, Mapping) and isinstance(state.get(name), Mapping):
+        # an empty one is a placeholder: the trainer kept no averaged weights, say
+        if isinstance(state, Mapping) and isinstance(state.get(name), Mapping) and state[name]:
             return state[name]
     if not isinstance(state, Mapping) or not any(isinstance(v, Tensor) for v in state.values()):
         what = f"keys {sorted(map(str, state))[:8]}" if isinstance(state, Mapping) else type(state).__name__

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from maetok_fast.models.checkpoints import CheckpointError
-from maetok_fast.models.layouts import HUB_KEYS, Facts, Layout, Public, Shapes, grid_or_square, unseen
+from maetok_fast.models.layouts import HUB_KEYS, Facts, Layout, Public, Shapes, grid_or_square, ratio, unseen
 from maetok_fast.models.lightningdit import LightningDiT, LightningDiTConfig
 from maetok_fast.models.sit import SiT, SiTConfig
 
@@ -70,9 +70,12 @@ def _generator_fields(f: Facts, given: Mapping[str, Any]) -> dict[str, Any]:
         dropout = 0.1 if rows > classes else 0.0
     depth = f.depth("blocks")
     qk_norm = "blocks.0.attn.q_norm.weight" in f.shapes
-    heads = given.get("heads", f.public.get("num_heads", _HEADS.get(dim)))
     if qk_norm:
         heads = dim // f.shape("blocks.0.attn.q_norm.weight", 1)[0]
+    elif "heads" in given or "num_heads" in f.public:
+        heads = given.get("heads", f.public.get("num_heads"))
+    else:
+        heads = f.assume("heads", _HEADS.get(dim))
     if not isinstance(heads, int) or heads < 1:
         raise CheckpointError(f"the number of heads of a {dim}-wide model is unknown; pass heads=...")
     out = f.shape("final_layer.linear.weight", 2)[0]
@@ -90,9 +93,6 @@ def _generator_fields(f: Facts, given: Mapping[str, Any]) -> dict[str, Any]:
         f.check(key, value)
     said = f.size("input_size")
     f.check("input_size", tokens, same=lambda v: (said[0] if one_d else said) == tokens)  # type: ignore[index]
-    time = f.public.get("time_convention")
-    if time not in (None, "maetok", "sit"):
-        raise CheckpointError(f"config.json: time_convention must be 'maetok' (t = 0 data) or 'sit', got {time!r}")
     return {
         "tokens": tokens,
         "channels": channels,
@@ -104,9 +104,19 @@ def _generator_fields(f: Facts, given: Mapping[str, Any]) -> dict[str, Any]:
         "label_dropout": dropout,
         "qk_norm": qk_norm,
         "learn_sigma": sigma,
-        # official SiT weights alone predict sigma too, and run from noise at t = 0 to data at t = 1
-        "time": time or ("sit" if sigma else "maetok"),
     }
+
+
+def _time(f: Facts, given: Mapping[str, Any], usual: str) -> str:
+    """The stated time convention, else the one that such weights usually have."""
+    time = f.public.get("time_convention")
+    if time not in (None, "maetok", "sit"):
+        raise CheckpointError(f"config.json: time_convention must be 'maetok' (t = 0 data) or 'sit', got {time!r}")
+    return given.get("time", time) or f.assume("time", usual)
+
+
+def _stated_ratios(f: Facts, given: Mapping[str, Any]) -> tuple[Any, Any]:
+    return given.get("mlp_ratio"), f.public.get("mlp_ratio")
 
 
 _GIVEN = ("heads", "time", "label_dropout")
@@ -115,7 +125,10 @@ _GIVEN = ("heads", "time", "label_dropout")
 def _detect_sit(shapes: Shapes, public: Public | None, given: Mapping[str, Any], allow: Iterable[str]) -> SiTConfig:
     f = Facts(shapes, public, _SIT_KEYS, allow, "SiT")
     fields = _generator_fields(f, given)
-    fields["mlp_ratio"] = f.shape("blocks.0.mlp.fc1.weight", 2)[0] / fields["dim"]
+    hidden = f.shape("blocks.0.mlp.fc1.weight", 2)[0]
+    fields["mlp_ratio"] = ratio(fields["dim"], hidden, _stated_ratios(f, given))
+    # official SiT weights alone predict sigma too, and run from noise at t = 0 to data at t = 1
+    fields["time"] = _time(f, given, "sit" if fields["learn_sigma"] else "maetok")
     f.check("qk_norm", fields["qk_norm"])
     f.finish()
     return SiTConfig(**{**fields, **unseen(given, _GIVEN, fields)})
@@ -128,22 +141,19 @@ def _detect_lightningdit(
     fields = _generator_fields(f, given)
     dim = fields["dim"]
     swiglu = "blocks.0.mlp.w12.weight" in shapes
+    stated = _stated_ratios(f, given)
     if swiglu:
-        # hidden = int(2/3 * int(dim * ratio)): any ratio that gives the stored width back is the right one
         hidden = f.shape("blocks.0.mlp.w3.weight", 2)[1]
-        wide = next(w for w in range(hidden, 2 * hidden + 3) if int(2 / 3 * w) == hidden)
-        fields["mlp_ratio"] = next(
-            r for r in (4.0, wide / dim, (wide + 0.5) / dim) if int(2 / 3 * int(dim * r)) == hidden
-        )
+        fields["mlp_ratio"] = ratio(dim, hidden, stated, lambda wide: int(2 / 3 * wide))
     else:
-        fields["mlp_ratio"] = f.shape("blocks.0.mlp.fc1.weight", 2)[0] / dim
+        fields["mlp_ratio"] = ratio(dim, f.shape("blocks.0.mlp.fc1.weight", 2)[0], stated)
     fields |= {
         "swiglu": swiglu,
         "rmsnorm": "blocks.0.norm1.weight" in shapes,
         "rope": "feat_rope.freqs_cos" in shapes,
         "shift": f.shape("blocks.0.adaLN_modulation.1.weight", 2)[0] == 6 * dim,
         # published LightningDiT weights run from noise at t = 0 to data at t = 1
-        "time": f.public.get("time_convention", "sit"),
+        "time": _time(f, given, "sit"),
     }
     for key, value in (
         ("use_qknorm", fields["qk_norm"]),
@@ -185,7 +195,7 @@ def _export_lightningdit(config: LightningDiTConfig) -> dict[str, Any]:
     return out | {
         "use_qknorm": config.qk_norm,
         "use_swiglu": config.swiglu,
-        "use_rope": config.use_rope,
+        "use_rope": config.rope,
         "use_rmsnorm": config.rmsnorm,
         "wo_shift": not config.shift,
     }

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from typing import Any
 
 from maetok_fast.models.checkpoints import CheckpointError
-from maetok_fast.models.layouts import HUB_KEYS, Facts, Layout, Public, Shapes, grid_or_square, shown, unseen
+from maetok_fast.models.layouts import HUB_KEYS, Facts, Layout, Public, Shapes, grid_or_square, ratio, shown, unseen
 from maetok_fast.models.tokenizer import MAETok, MAETokConfig
 from maetok_fast.models.vit import ViTSize
 
@@ -112,8 +112,11 @@ def _vit_size(facts: Facts, half: str, given: Any) -> ViTSize:
     if heads is None:
         if dim % 64:
             raise CheckpointError(f"{half}: heads of a {dim}-wide ViT are unknown; pass {half}=ViTSize(...)")
-        heads = dim // 64  # every public ViT has head_dim 64
-    return ViTSize(dim, facts.depth(f"{half}.model.blocks"), int(heads), hidden / dim)
+        heads = facts.assume(f"{half} heads", dim // 64)  # every public ViT has head_dim 64
+    stated_ratio = (
+        given.mlp_ratio if given is not None else stated.get("mlp_ratio") if isinstance(stated, dict) else 4.0
+    )
+    return ViTSize(dim, facts.depth(f"{half}.model.blocks"), int(heads), ratio(dim, hidden, [stated_ratio]))
 
 
 def _detect_maetok(
@@ -142,7 +145,7 @@ def _detect_maetok(
         position = "mixed"
     else:
         axial = f.flag("use_rope", False) and not f.flag("rope_mixed", False)
-        position = given.get("position", "axial" if axial else "absolute")
+        position = given.get("position") or f.assume("position", "axial" if axial else "absolute")
     base = f.number("base_image_size", size[0], integer=True)
     if "encoder.freqs_t_x" in shapes:
         base = math.isqrt(f.shape("encoder.freqs_t_x", 1)[0]) * patch

@@ -9,6 +9,7 @@ under the public names. `Facts` holds both files while they are compared.
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -18,7 +19,9 @@ from typing import Any
 
 from maetok_fast.models.checkpoints import CheckpointError
 
-__all__ = ["HUB_KEYS", "Facts", "Layout", "grid_or_square", "layout_of", "shown", "unseen"]
+__all__ = ["HUB_KEYS", "Facts", "Layout", "grid_or_square", "layout_of", "ratio", "shown", "unseen"]
+
+log = logging.getLogger("maetok_fast")
 
 Shapes = Mapping[str, tuple[int, ...]]
 Public = Mapping[str, Any]
@@ -68,6 +71,8 @@ class Facts:
     def __init__(self, shapes: Shapes, public: Public | None, known: set[str], allow: Iterable[str], what: str) -> None:
         self.shapes, self.public, self.allow, self.what = shapes, public or {}, tuple(allow), what
         self.problems: list[str] = []
+        self.assumed: list[str] = []
+        self.configured = public is not None
         unknown = sorted(k for k in self.public if k not in known and not self._allowed(k))
         if unknown:
             self.problems.append(f"unknown keys in config.json: {', '.join(unknown)}")
@@ -98,6 +103,11 @@ class Facts:
             if not (same(said) if same else said == stored):
                 self.problems.append(f"config.json says {key}={said!r}, the weights show {stored!r}")
 
+    def assume(self, name: str, value: Any) -> Any:
+        """A field that nothing states; `finish` warns of it where there is no config.json at all."""
+        self.assumed.append(f"{name}={value!r}")
+        return value
+
     def number(self, key: str, default: float, integer: bool = False) -> Any:
         value = self.public.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
@@ -126,6 +136,20 @@ class Facts:
     def finish(self) -> None:
         if self.problems:
             raise CheckpointError("\n  ".join([*self.problems, "pass allow=['config.NAME'] to let the weights win"]))
+        if self.assumed and not self.configured:
+            log.warning(
+                "a %s checkpoint without config.json: assumed %s, which its weights do not show; if this is wrong, put "
+                "config.json beside it or pass the fields to from_pretrained",
+                self.what,
+                ", ".join(self.assumed),
+            )
+
+
+def ratio(dim: int, hidden: int, stated: Iterable[Any], width: Callable[[int], int] = lambda hidden: hidden) -> float:
+    """The MLP ratio with width(int(dim * ratio)) == hidden: a stated one that gives it, else the simplest."""
+    wide = next(w for w in range(hidden, 2 * hidden + 3) if width(w) == hidden)
+    numbers = [r for r in stated if isinstance(r, (int, float)) and not isinstance(r, bool) and 0 < r <= wide + 1]
+    return next(float(r) for r in (*numbers, 4.0, wide / dim, (wide + 0.5) / dim) if width(int(dim * r)) == hidden)
 
 
 def grid_or_square(count: int, stated: tuple[int, int] | None, what: str) -> tuple[int, int]:

@@ -40,7 +40,7 @@ __all__ = ["LightningDiT", "LightningDiTConfig"]
 @dataclass(frozen=True)
 class LightningDiTConfig(SiTConfig):
     """Architecture of a LightningDiT; fields of SiTConfig plus switches. Defaults: XL/1 on 16x16x32 (VA-VAE f16d32),
-    in the time convention of the published weights."""
+    in the time convention of the published weights. rope becomes False on 1-D latents: they have no grid."""
 
     tokens: int | tuple[int, int] = (16, 16)
     rmsnorm: bool = True
@@ -51,15 +51,12 @@ class LightningDiTConfig(SiTConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.use_rope and self.dim // self.heads % 4:
+        if isinstance(self.tokens, int):
+            object.__setattr__(self, "rope", False)
+        if self.rope and self.dim // self.heads % 4:
             raise ValueError(
                 f"LightningDiTConfig: head_dim {self.dim // self.heads} must be divisible by 4 for 2-D RoPE"
             )
-
-    @property
-    def use_rope(self) -> bool:
-        """RoPE needs a grid: 1-D latents have none."""
-        return self.rope and not isinstance(self.tokens, int)
 
 
 def _norm(config: LightningDiTConfig) -> nn.Module:
@@ -114,7 +111,7 @@ class LightningDiT(DiffusionTransformer):
         super().__init__(config)
         self.blocks = nn.ModuleList([LightningDiTBlock(config) for _ in range(config.depth)])
         self.final_layer = FinalLayer(config.dim, self.out_features, _norm(config))
-        self.feat_rope = RopeBuffers(self._frequencies(), self.grid) if config.use_rope else None  # type: ignore[arg-type]
+        self.feat_rope = RopeBuffers(self._frequencies(), self.grid) if config.rope else None  # type: ignore[arg-type]
         self.reset_parameters()
 
     def _frequencies(self) -> Tensor:
