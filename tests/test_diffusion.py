@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from maetok_fast.diffusion import COSINE, LINEAR, Guidance, flip_time, get_path, sample, sample_times, shift_times
+from maetok_fast.models import SiT, SiTConfig
 
 MEAN, STD = 1.5, 0.5
 
@@ -230,3 +231,61 @@ def test_bad_arguments(noise):
         sample(gaussian_velocity, noise, None, guidance=2.0, interval=(0.7, 0.1))
     with pytest.raises(ValueError, match="linear"):
         sample(gaussian_velocity, noise, None, path="vp")
+    with pytest.raises(ValueError, match="no size 0"):
+        sample(gaussian_velocity, noise[:0], None)
+    with pytest.raises(TypeError, match="noise must be a floating-point tensor, got ndarray"):
+        sample(gaussian_velocity, noise.numpy(), None)
+    with pytest.raises(TypeError, match=r"floating-point tensor, got torch\.int64"):
+        sample(gaussian_velocity, noise.long(), None)
+    with pytest.raises(TypeError, match="y must be a tensor of int64 labels or None, got list"):
+        sample(gaussian_velocity, noise, [1, 2, 3, 4])
+    with pytest.raises(TypeError, match=r"steps must be an integer, got 2\.5"):
+        sample(gaussian_velocity, noise, None, steps=2.5)
+    for interval in (0.5, (0.1,), (0.1, 0.2, 0.3)):
+        with pytest.raises(TypeError, match=r"interval must be a pair \(low, high\)"):
+            sample(gaussian_velocity, noise, None, interval=interval)
+    with pytest.raises(ValueError, match="function takes no beta: use guidance instead"):
+        sample(gaussian_velocity, noise, None, temperature=0.5)
+    with pytest.raises(ValueError, match="give its scale, or leave negative out"):
+        sample(gaussian_velocity, noise, None, negative=gaussian_velocity)
+
+
+def small_model(**fields):
+    sizes = {"tokens": 8, "channels": 3, "dim": 16, "depth": 1, "heads": 2, "num_classes": 10}
+    return SiT(SiTConfig(**{**sizes, **fields})).double().eval()
+
+
+def test_the_null_label_is_the_models_own(noise):
+    seen = []
+    model = small_model()
+    model.y_embedder.register_forward_pre_hook(lambda module, args: seen.append(args[0].tolist()))
+    y = torch.arange(4)
+    sample(model, noise, y, steps=1, method="euler", guidance=2.0)
+    sample(model, noise, None, steps=1, method="euler")
+    sample(model, noise, None, steps=1, method="euler", null_label=7)
+    assert seen == [[0, 1, 2, 3, 10, 10, 10, 10], [10] * 4, [7] * 4]
+    without = small_model(label_dropout=0.0)
+    sample(without, noise, y, steps=1)
+    sample(without, noise, y, steps=1, guidance=2.0, negative=model)
+    with pytest.raises(ValueError, match="guidance needs a null class, and this model has none"):
+        sample(without, noise, y, steps=1, guidance=2.0)
+    with pytest.raises(ValueError, match="y=None needs a null class"):
+        sample(without, noise, None, steps=1)
+
+
+def test_labels_out_of_range(noise):
+    good, small = small_model(), small_model(num_classes=3, label_dropout=0.0)
+    with pytest.raises(ValueError, match=r"labels must be 0 \.\. 10 \(10 = no class\); got 11"):
+        sample(good, noise, torch.tensor([0, 11, 1, 2]))
+    with pytest.raises(ValueError, match=r"labels must be 0 \.\. 10 .*; got -1"):
+        sample(good, noise, torch.tensor([0, -1, 1, 2]))
+    with pytest.raises(ValueError, match=r"labels must be 0 \.\. 2, the model has no null class; got 3"):
+        sample(good, noise, torch.arange(4), guidance=2.0, negative=small)
+
+
+def test_training_mode_is_refused(noise):
+    good, training = small_model(), small_model().train()
+    with pytest.raises(ValueError, match=r"call model\.eval\(\) first"):
+        sample(training, noise, torch.arange(4))
+    with pytest.raises(ValueError, match=r"call negative\.eval\(\) first"):
+        sample(good, noise, torch.arange(4), guidance=2.0, negative=training)

@@ -318,6 +318,9 @@ BAD_INPUTS = [
     (lambda m, x, t, y: m(x, t.long(), y), TypeError, r"t: expected a floating dtype"),
     (lambda m, x, t, y: m(x, 0.5, y), TypeError, r"t: expected a torch.Tensor of shape \(3,\), got float"),
     (lambda m, x, t, y: m(x, t, y[:1]), ValueError, r"y: expected shape \(3,\), got \(1,\)"),
+    (lambda m, x, t, y: m(x, t, y + 1), ValueError, r"y: class labels must be 0 \.\. 10 \(10 = no class\); got 11"),
+    (lambda m, x, t, y: m(x, t, y - 1), ValueError, r"y: class labels .*; got -1"),
+    (lambda m, x, t, y: m(x[:0], t[:0], y[:0]), ValueError, r"t: expected shape \(B,\), no size 0, got \(0,\)"),
     (lambda m, x, t, y: m(x, t, y.float()), TypeError, r"y: expected torch.int64 class labels, got torch.float32"),
 ]
 

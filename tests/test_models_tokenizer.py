@@ -424,6 +424,13 @@ def test_bf16_and_autocast_run() -> None:
         assert (y.float() - exact).abs().mean() < 0.1 * exact.abs().mean()
 
 
+def test_autocast_casts_no_fp64() -> None:
+    model, images = build(dtype=torch.float32), torch.zeros(1, 3, 64, 64, dtype=torch.float64)
+    message = r"model's dtype torch.float32, got torch.float64; use .to\(torch.float32\)$"
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match=message):
+        model.encode(images)
+
+
 def test_compiles_without_graph_breaks() -> None:
     model = build(dtype=torch.float32)
     images, mask = torch.randn(1, 3, 64, 64), torch.rand(1, 16) < 0.5
@@ -437,7 +444,8 @@ BAD_INPUTS = [
     (lambda m, x: m.encode(x[0]), ValueError, r"images: expected shape \(B, 3, H, W\), got \(3, 64, 64\)"),
     (lambda m, x: m.encode(x[:, :1]), ValueError, r"got \(1, 1, 64, 64\)"),
     (lambda m, x: m.encode(x[..., :40]), ValueError, r"images of 64x40 must be a positive multiple of the patch 16"),
-    (lambda m, x: m.encode(x[..., :0]), ValueError, r"images of 64x0"),
+    (lambda m, x: m.encode(x[..., :0]), ValueError, r"images: expected shape .*, no size 0, got \(1, 3, 64, 0\)"),
+    (lambda m, x: m.encode(x[:0]), ValueError, r"no size 0, got \(0, 3, 64, 64\)"),
     (lambda m, x: m.encode(x.byte()), TypeError, r"images: expected torch.float32, got torch.uint8"),
     (lambda m, x: m.encode(x.half()), TypeError, r"model's dtype torch.float32, got torch.float16"),
     (lambda m, x: m.encode(x.numpy()), TypeError, r"expected a torch.Tensor .* got ndarray"),

@@ -43,6 +43,8 @@ class Guidance:
                 f"temperature={self.temperature} (guidance-free training) and guidance={self.scale} cannot be combined:"
                 " leave guidance at 1"
             )
+        if self.negative is not None and self.scale == 1.0:
+            raise ValueError("negative is only used by guidance != 1: give its scale, or leave negative out")
         if self.channels is not None and self.channels < 1:
             raise ValueError(f"guidance channels must be at least 1, got {self.channels}")
 

@@ -15,6 +15,8 @@ dtype of `noise`. Guidance and its cost live in guidance.py; here a velocity is 
 
 from __future__ import annotations
 
+import inspect
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +26,7 @@ from torch import Tensor
 
 from maetok_fast.diffusion.guidance import Guidance, Velocity
 from maetok_fast.diffusion.paths import Path, get_path, shift_times
+from maetok_fast.models._checks import check_label_range
 
 SDE_LAST_TIME = 0.04  # below it the score's 1/t makes the noise term stiff
 
@@ -53,7 +56,7 @@ def sample(
     temperature: float | None = None,
     path: str | Path = "linear",
     shift: float = 1.0,
-    null_label: int = 1000,
+    null_label: int | None = None,
     generator: torch.Generator | None = None,
     state_dtype: torch.dtype = torch.float64,
     tolerance: float = 1e-5,
@@ -62,25 +65,47 @@ def sample(
     """Latents sampled from `noise` (B, L, C) or (B, C, H, W) ~ N(0, 1) with labels y (B,) int64.
 
     model: (x, t (B,) in [0, 1], y) -> velocity of x's shape, in the t = 0 data convention; see guidance.py for models
-        that plan their steps, and `flip_time` for models of the other convention.
+        that plan their steps, and `flip_time` for models of the other convention. In eval mode, as `negative`.
     y: None samples unconditionally (the null label everywhere).
+    null_label: None is the model's own, `model.config.num_classes`, or 1000 for callables without a config.
     guidance, interval, negative, guidance_channels, temperature: guidance.py's table.
     path: the path the model was trained on (the SDE's score needs it); shift: `shift_times`.
     generator: randomness of the SDE; tolerance: absolute and relative, dopri5 only.
     """
+    steps = _integer("steps", steps)
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     if method not in METHODS:
         raise ValueError(f"unknown sampling method {method!r}: expected one of {', '.join(METHODS)}")
-    if not noise.is_floating_point():
-        raise TypeError(f"noise must be a floating-point tensor, got {noise.dtype}")
+    if not isinstance(noise, Tensor) or not noise.is_floating_point():
+        got = noise.dtype if isinstance(noise, Tensor) else type(noise).__name__
+        raise TypeError(f"noise must be a floating-point tensor, got {got}")
+    if noise.ndim < 2 or noise.numel() == 0:
+        raise ValueError(f"noise must be (B, L, C) or (B, C, H, W) with no size 0, got {tuple(noise.shape)}")
+    if not isinstance(interval, (tuple, list)) or len(interval) != 2:
+        raise TypeError(f"interval must be a pair (low, high) of times, got {interval!r}")
+    for name, network in (("model", model), ("negative", negative)):
+        if getattr(network, "training", False):
+            raise ValueError(f"{name} is in training mode, which drops labels at random; call {name}.eval() first")
+    if temperature is not None and not _takes_beta(model):
+        raise ValueError(
+            f"temperature={temperature} is for models trained guidance-free, called as model(x, t, y, beta); "
+            f"{type(model).__name__} takes no beta: use guidance instead"
+        )
+    if null_label is None:
+        two_branches = guidance != 1.0 and negative is None
+        null_label = _null_label(model, "guidance" if two_branches else "y=None" if y is None else None)
+    settings = Guidance(guidance, (interval[0], interval[1]), negative, guidance_channels, temperature, null_label)
     if y is None:
         y = torch.full((len(noise),), null_label, dtype=torch.int64, device=noise.device)
+    if not isinstance(y, Tensor):
+        raise TypeError(f"y must be a tensor of int64 labels or None, got {type(y).__name__}")
     if y.shape != (len(noise),) or y.dtype != torch.int64:
         raise ValueError(
             f"y must be int64 labels of shape ({len(noise)},), one per sample; got {y.dtype} {tuple(y.shape)}"
         )
-    settings = Guidance(guidance, (interval[0], interval[1]), negative, guidance_channels, temperature, null_label)
+    for network in (model, negative):
+        check_label_range(y, getattr(network, "config", None))
     if method == "sde":
         ts = torch.linspace(1.0, SDE_LAST_TIME, steps, dtype=torch.float64)
     else:
@@ -97,6 +122,29 @@ def sample(
         track=_track(steps, progress),
     )
     return Samples(latents.to(noise.dtype), velocity.nfe, velocity.rows)
+
+
+def _integer(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+
+
+def _takes_beta(model: Any) -> bool:
+    try:
+        parameters = inspect.signature(getattr(model, "forward", model)).parameters
+    except (TypeError, ValueError):  # callables without a signature
+        return True
+    return "beta" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _null_label(model: Any, user: str | None) -> int:
+    """The model's null class; ValueError where `user`, an argument, needs one and the model has none."""
+    config = getattr(model, "config", None)
+    if user is not None and getattr(config, "label_dropout", 1.0) == 0:
+        raise ValueError(f"{user} needs a null class, and this model has none (label_dropout is 0 in its config)")
+    return getattr(config, "num_classes", 1000)
 
 
 def _euler(v: Velocity, x: Tensor, ts: list[float], *, track: Callable, **_: Any) -> Tensor:

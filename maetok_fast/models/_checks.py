@@ -1,6 +1,6 @@
 # Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
-"""Input checks of the models: one sentence that names what was given and what was expected. Shapes and dtypes only, so
-they cost no synchronisation and `torch.compile` folds them into its guards."""
+"""Input checks of the models: one sentence that names what was given and what was expected. Shapes and dtypes only, but
+for `check_label_range`, so they cost no synchronisation and `torch.compile` folds them into its guards."""
 
 from __future__ import annotations
 
@@ -9,26 +9,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["check_dtype", "check_labels", "check_tensor", "check_times"]
+__all__ = ["check_dtype", "check_label_range", "check_labels", "check_tensor", "check_times"]
+
+_CAST = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_tensor(name: str, x: Any, shape: tuple[int | str, ...]) -> None:
     """TypeError unless x is a tensor; ValueError unless it has this shape, where a string stands for any size >= 1."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor of shape {_show(shape)}, got {type(x).__name__}")
-    if x.ndim != len(shape) or any(not isinstance(s, str) and n != s for n, s in zip(x.shape, shape)):
-        raise ValueError(f"{name}: expected shape {_show(shape)}, got {tuple(x.shape)}")
+    if x.ndim != len(shape) or any(n < 1 if isinstance(s, str) else n != s for n, s in zip(x.shape, shape)):
+        empty = ", no size 0" if 0 in x.shape else ""
+        raise ValueError(f"{name}: expected shape {_show(shape)}{empty}, got {tuple(x.shape)}")
 
 
 def check_dtype(name: str, x: Tensor, weight: Tensor) -> None:
-    """TypeError unless x is floating point and of the weights' dtype (any floating dtype under autocast)."""
+    """TypeError unless x is floating point and of the weights' dtype (fp32, bf16 or fp16 under autocast, which leaves
+    fp64 as it is)."""
     if not x.dtype.is_floating_point:
         raise TypeError(
             f"{name}: expected {weight.dtype}, got {x.dtype}; convert and scale the values to floating point"
         )
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+    casts = x.dtype in _CAST and weight.dtype in _CAST and torch.is_autocast_enabled(x.device.type)
+    if x.dtype != weight.dtype and not casts:
         raise TypeError(
-            f"{name}: expected the model's dtype {weight.dtype}, got {x.dtype}; use .to({weight.dtype}) or autocast"
+            f"{name}: expected the model's dtype {weight.dtype}, got {x.dtype}; use .to({weight.dtype})"
+            + (" or autocast" if x.dtype in _CAST else "")
         )
 
 
@@ -39,11 +45,28 @@ def check_times(t: Any, batch: int) -> None:
         raise TypeError(f"t: expected a floating dtype (times in [0, 1]), got {t.dtype}")
 
 
-def check_labels(y: Any, batch: int) -> None:
-    """y: integer (B,)."""
+def check_labels(y: Any, batch: int, config: Any) -> None:
+    """y: integer (B,), on the CPU in the range of the model's classes (elsewhere reading values would synchronise)."""
     check_tensor("y", y, (batch,))
     if y.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"y: expected torch.int64 class labels, got {y.dtype}")
+    if not torch.compiler.is_compiling() and y.device.type == "cpu":
+        check_label_range(y, config)
+
+
+def check_label_range(y: Tensor, config: Any) -> None:
+    """ValueError unless labels y (B,), B >= 1, lie in 0 .. config.num_classes (less one without a null class).
+
+    Reads the values, so on a GPU it waits for them. A config that names no classes allows all.
+    """
+    classes = getattr(config, "num_classes", None)
+    if classes is None:
+        return
+    last = classes if getattr(config, "label_dropout", 0.0) > 0 else classes - 1
+    low, high = (int(v) for v in torch.stack(torch.aminmax(y)).tolist())
+    if low < 0 or high > last:
+        null = f" ({last} = no class)" if last == classes else ", the model has no null class"
+        raise ValueError(f"y: class labels must be 0 .. {last}{null}; got {low if low < 0 else high}")
 
 
 def _show(shape: tuple[int | str, ...]) -> str:

@@ -186,7 +186,7 @@ class DiffusionTransformer(Pretrained, nn.Module):
         """t (B,) in [0, 1] and labels y (B,) -> c (B, D). In training mode labels are dropped at `label_dropout`."""
         check_tensor("t", t, ("B",))
         check_times(t, t.shape[0])
-        check_labels(y, t.shape[0])
+        check_labels(y, t.shape[0], self.config)
         if self.config.time == "sit":
             t = 1 - t
         return self.t_embedder(t) + self.y_embedder(y)
