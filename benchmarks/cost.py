@@ -211,9 +211,10 @@ def compile_launch(launch: Launch, arch: int) -> Row:
 def _assemble(ptx: str, arch: int, cubin: bytes) -> tuple[str, str]:
     """(what `ptxas -v` prints, disassembly) with the tools that Triton ships."""
     import triton
+    from triton.backends.nvidia.compiler import get_ptxas
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    ptxas = tools / "ptxas-blackwell" if arch >= 100 and (tools / "ptxas-blackwell").exists() else tools / "ptxas"
+    ptxas = get_ptxas(arch).path
     target = re.search(r"^\.target (\S+)", ptx, re.MULTILINE)
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder) / "k.ptx", Path(folder) / "k.cubin"

@@ -59,7 +59,9 @@ def repair() -> None:
     stock_fma, stock_cast, stock_convert = builder.create_fma, builder.cast_impl, builder.create_fp_to_fp
 
     def binary_op(self: Any, lhs: Any, rhs: Any, op: Any) -> Any:
-        return wrap(op(values(lhs), values(rhs))) if is_bf16(lhs) else stock["binary_op"](self, lhs, rhs, op)
+        out = wrap(op(values(lhs), values(rhs))) if is_bf16(lhs) else stock["binary_op"](self, lhs, rhs, op)
+        # a comparison keeps its operands' type in the stock interpreter, and Triton 3.9 splats it as such: int32 masks
+        return handle(out.data, tl.int1) if out.data.dtype == bool else out
 
     def unary_op(self: Any, arg: Any, op: Any) -> Any:
         return wrap(op(values(arg))) if is_bf16(arg) else stock["unary_op"](self, arg, op)

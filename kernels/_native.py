@@ -11,7 +11,7 @@ not depend on the number of threads. ``T | None`` may be None.
                 prefix, first_query, norm, eps)
     rope_rotate_bwd(qkv, rope|None, q_weight|None, q_bias|None, k_weight|None, k_bias|None, dq, dk, dv,
                     dqkv, drope|None, dweights|None, prefix, first_query, norm, eps)
-        qkv, dqkv (B, N, 3, H, hd), hd even and <= 256; rope, drope (2, H or 1, M, hd/2) fp32; weights (hd,) fp32;
+        qkv, dqkv (B, N, 3, H, hd), hd even and <= 512; rope, drope (2, H or 1, M, hd/2) fp32; weights (hd,) fp32;
         q_out, dq (B, Nq, H, hd); k_out, dk, dv (B, N, H, hd); dq, dk, dv: any strides, last dimension contiguous;
         dweights (4, hd) fp32: dq_weight, dq_bias, dk_weight, dk_bias; norm 0 none, 1 rms, 2 layer
     adaln_fwd(x, shift|None, scale|None, weight|None, bias|None, y, mean_rstd, eps, offset, per_sample)

@@ -25,6 +25,7 @@ import inspect
 import logging
 import os
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,14 +36,37 @@ from torch import Tensor
 from . import _native
 from ._triton import why_no_triton
 
-__all__ = ["Backend", "BackendError", "Cost", "Op", "Sample", "backend", "forced_backend", "ops"]
+__all__ = [
+    "EMPTY",
+    "Backend",
+    "BackendError",
+    "Cost",
+    "Op",
+    "Sample",
+    "backend",
+    "forced_backend",
+    "no_autocast",
+    "ops",
+]
 
 log = logging.getLogger("maetok_fast")
 
 NAMESPACE = "maetok_fast"
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+EMPTY = "there is nothing to compute"  # an `unsupported` reason that strict mode forgives
 _RECORDS: dict[str, Op] = {}
 _LOGGED: set[tuple[str, str, str]] = set()
+
+
+# What each annotation of a reference accepts.
+_KINDS: dict[str, tuple[type, ...]] = {
+    "Tensor": (Tensor,),
+    "Tensor | None": (Tensor, type(None)),
+    "int": (int, torch.SymInt),
+    "int | None": (int, torch.SymInt, type(None)),
+    "float": (float, int, torch.SymFloat, torch.SymInt),
+    "str": (str,),
+}
 
 
 class BackendError(RuntimeError):
@@ -88,7 +112,9 @@ class Backend:
 
 class _State:
     forced: str | None = None
-    strict: bool = os.environ.get("MAETOK_FAST_STRICT", "0") not in ("", "0")
+    strict: bool = os.environ.get("MAETOK_FAST_STRICT", "").lower() not in ("", "0", "false", "no", "off")
+    entered: list[list[str]] = []  # noqa: RUF012  (one process-wide list; each entry is its own object)
+    lock = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -101,17 +127,39 @@ def backend(name: str) -> Iterator[None]:
     known = {"reference"} | {b.name for op in _RECORDS.values() for b in op.all_backends()}
     if name not in known:
         raise ValueError(f"unknown backend {name!r}: expected one of {', '.join(sorted(known))}")
-    before = _State.forced
-    _State.forced = name
+    entry = [name]
+    with _State.lock:
+        _State.entered.append(entry)
+        _State.forced = name
     try:
         yield
     finally:
-        _State.forced = before
+        with _State.lock:  # by identity: threads may leave in another order than they entered
+            _State.entered[:] = [e for e in _State.entered if e is not entry]
+            _State.forced = _State.entered[-1][0] if _State.entered else None
+
+
+def no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """Autocast switched off for this device type, where it exists (it does not for meta tensors)."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _differentiated_forward() -> bool:
+    """Whether a torch.func transform or forward-mode AD is active: custom ops would drop their tangents silently."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
 def forced_backend() -> str | None:
     """The backend forced by `backend(...)`, or None."""
     return _State.forced
+
+
+def _record(name: str) -> Op:
+    return _RECORDS[name]
 
 
 def ops() -> dict[str, Op]:
@@ -184,6 +232,7 @@ class Op:
         signature = inspect.signature(self.ref)
         self._params = tuple(signature.parameters.values())
         self.names = tuple(p.name for p in self._params)
+        self._kinds = tuple(str(p.annotation) for p in self._params)
         self._required = sum(p.default is inspect.Parameter.empty for p in self._params)
         self._defaults = tuple(p.default for p in self._params)
         self._fp32_at = tuple(name in self.fp32 for name in self.names)
@@ -200,7 +249,7 @@ class Op:
         args = self._coerce(args)
         chosen = self.choose(args)
         if chosen == "reference":
-            with torch.autocast(args[0].device.type, enabled=False):
+            with no_autocast(args[0].device.type):
                 return self.ref(*args)
         out = self._forward_op(chosen, *args)
         return out[0] if self.saved else out
@@ -222,8 +271,12 @@ class Op:
         if len(args) < self._required and given < self._required:
             missing = [n for n in self.names[len(args) : self._required] if n not in kwargs]
             raise TypeError(f"{self.name}() misses {', '.join(missing)}")
-        if not isinstance(bound[0], Tensor):
-            raise TypeError(f"{self.name}() expects a tensor as {self.names[0]}, got {type(bound[0]).__name__}")
+        for name, kind, value in zip(self.names, self._kinds, bound):
+            if not isinstance(value, _KINDS[kind]):
+                wanted = kind.replace("Tensor", "a tensor").replace("|", "or")
+                raise TypeError(f"{self.name}() expects {wanted} as {name}, got {type(value).__name__}")
+            if isinstance(value, Tensor) and not value.is_floating_point():
+                raise TypeError(f"{self.name}() expects a floating-point tensor as {name}, got {value.dtype}")
         return tuple(bound)
 
     def _coerce(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -231,7 +284,8 @@ class Op:
         device = args[0].device.type
         target = args[0].dtype
         if self.autocast == "lower":
-            if target == torch.float32 and torch.is_autocast_enabled(device):
+            available = torch.amp.is_autocast_available(device)
+            if target == torch.float32 and available and torch.is_autocast_enabled(device):
                 target = torch.get_autocast_dtype(device)
         else:
             for value, fp32 in zip(args, self._fp32_at):
@@ -259,8 +313,8 @@ class Op:
             return reason
         for name, value in zip(self.names, args):
             if isinstance(value, Tensor):
-                if value.device.type != device:
-                    return f"{name} is on {value.device.type} and {self.names[0]} on {device}"
+                if value.device != args[0].device:
+                    return f"{name} is on {value.device} and {self.names[0]} on {args[0].device}"
                 if value.is_floating_point() and value.dtype not in KERNEL_DTYPES:
                     return f"{name} is {value.dtype}; the kernels take float32, bfloat16 and float16"
         return self.unsupported(candidate.name, *args)
@@ -272,6 +326,10 @@ class Op:
         forced = _State.forced
         if forced == "reference":
             return forced
+        if _differentiated_forward():
+            if _State.strict or forced is not None:
+                raise BackendError(f"{self.name}: kernels have no torch.func or forward-mode derivatives, only ref has")
+            return "reference"
         if forced is not None:
             for candidate in self.all_backends():
                 if candidate.name == forced:
@@ -286,8 +344,10 @@ class Op:
             reason = self._why_not(candidate, device, args)
             if reason is None:
                 return candidate.name
-            reasons.append(f"{candidate.name}: {reason}")
-        if _State.strict:
+            if reason != EMPTY:
+                reasons.append(f"{candidate.name}: {reason}")
+        empty = not reasons and bool(self._candidates(device))
+        if _State.strict and not empty:
             why = "; ".join(reasons) or f"no kernels for device {device}"
             raise BackendError(f"{self.name}: MAETOK_FAST_STRICT=1 and no kernel can take these inputs ({why})")
         if not torch.compiler.is_compiling():
@@ -308,6 +368,15 @@ class Op:
         bound = self._coerce(self.bind(args, kwargs))
         device = bound[0].device.type
         return {b.name: self._why_not(b, device, bound) for b in self._candidates(device)}
+
+    def __copy__(self) -> Op:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Op:
+        return self
+
+    def __reduce__(self) -> tuple[Callable[[str], Op], tuple[str]]:
+        return _record, (self.name,)
 
     # ---- torch registration ------------------------------------------------------------------------------------
 
@@ -335,10 +404,12 @@ class Op:
             return tuple(a.contiguous() if isinstance(a, Tensor) else a for a in args)
 
         def forward(name: str, *args: Any) -> Any:
-            return shaped(self._backend(name).forward(*contiguous(args)))
+            with torch.cuda.device_of(args[0]):
+                return shaped(self._backend(name).forward(*contiguous(args)))
 
         def backward(grad: Tensor, saved: list[Tensor], needs: list[bool], name: str, *args: Any) -> list[Tensor]:
-            grads = self._backend(name).backward(grad.contiguous(), saved, contiguous(args), needs)
+            with torch.cuda.device_of(grad):
+                grads = self._backend(name).backward(grad.contiguous(), saved, contiguous(args), needs)
             return [g if n and g is not None else grad.new_empty(0) for g, n in zip(grads, needs)]
 
         def backward_fake(grad: Tensor, saved: list[Tensor], needs: list[bool], name: str, *args: Any) -> list[Tensor]:
@@ -358,6 +429,14 @@ class Op:
             schema=f"(Tensor grad, Tensor[] saved_outputs, bool[] needs, str backend, {arguments}) -> Tensor[]",
         )
         backward_op.register_fake(backward_fake)
+
+        def no_second(ctx: Any, *grads: Any) -> None:
+            raise RuntimeError(
+                f"{self.name} has no second derivatives in its kernels; compute it inside "
+                "`with maetok_fast.kernels.backend('reference')`, which differentiates any number of times"
+            )
+
+        backward_op.register_autograd(no_second)
 
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             ctx.backend, *values = inputs

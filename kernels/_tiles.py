@@ -66,16 +66,16 @@ _pretended: int | None = None
 
 
 @functools.cache
-def _device_arch() -> int:
-    if not torch.cuda.is_available():
-        return 90
-    major, minor = torch.cuda.get_device_capability()
+def _device_arch(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
     return 10 * major + minor
 
 
 def arch() -> int:
-    """The architecture that tiles are chosen for: this device's (80, 90, 100, ...), 90 where there is none."""
-    return _device_arch() if _pretended is None else _pretended
+    """The architecture that tiles are chosen for: the current device's (80, 90, 100, ...), 90 where there is none."""
+    if _pretended is not None:
+        return _pretended
+    return _device_arch(torch.cuda.current_device()) if torch.cuda.is_available() else 90
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _native
-from ._op import Backend, Cost, Op, Sample
+from ._op import EMPTY, Backend, Cost, Op, Sample
 from ._tiles import next_power_of_2, row_chunk, row_warps
 from ._triton import tl, triton
 
@@ -371,8 +371,6 @@ def _check(
 ) -> None:
     if x.ndim != 3:
         raise ValueError(f"adaln: x must be (B, N, D), got {tuple(x.shape)}")
-    if not x.is_floating_point():
-        raise TypeError(f"adaln: x must be a floating-point tensor, got {x.dtype}")
     batch, n, width = x.shape
     for name, m in (("shift", shift), ("scale", scale)):
         if m is None:
@@ -396,7 +394,8 @@ def _gate_check(x: Tensor, gate: Tensor, branch: Tensor) -> None:
             f"gate_residual: x and branch must both be (B, N, D), got {tuple(x.shape)} and {tuple(branch.shape)}"
         )
     batch, _n, width = x.shape
-    if tuple(gate.shape) not in ((width,), (batch, width), tuple(x.shape)):
+    # by rank: comparing sizes of different meaning would tie a symbolic batch to the width
+    if gate.ndim not in (1, 2, 3) or tuple(gate.shape) != ((width,), (batch, width), tuple(x.shape))[gate.ndim - 1]:
         raise ValueError(
             f"gate_residual: gate must be ({width},), ({batch}, {width}) or {tuple(x.shape)}, got {tuple(gate.shape)}"
         )
@@ -404,7 +403,7 @@ def _gate_check(x: Tensor, gate: Tensor, branch: Tensor) -> None:
 
 def _unsupported(backend: str, x: Tensor, *rest: Any) -> str | None:
     if x.numel() == 0:
-        return "there is nothing to compute (x is empty)"
+        return EMPTY
     if backend == "triton" and x.shape[2] > _MAX_WIDTH:
         return f"D = {x.shape[2]}: a program holds one row, at most {_MAX_WIDTH} elements"
     if backend == "triton" and x.shape[0] > 65535:

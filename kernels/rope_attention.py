@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _native
-from ._op import Backend, Cost, Op, Sample
+from ._op import EMPTY, Backend, Cost, Op, Sample, no_autocast
 from ._rope_attention_triton import triton_backward, triton_forward
 
 __all__ = ["rope_attention", "rope_attention_ref", "rope_table"]
@@ -50,11 +50,13 @@ def rope_table(freqs: Tensor, pos: Tensor) -> Tensor:
     pos (M, 2): column x and row y of each image token, in patches (MAETok) or any other unit.
     Returns fp32 (fp64 for fp64 freqs) of shape (2, heads, M, F) or (depth, 2, heads, M, F). Differentiable in freqs.
     """
+    if not isinstance(freqs, Tensor) or not isinstance(pos, Tensor):
+        raise TypeError(f"rope_table expects tensors, got {type(freqs).__name__} and {type(pos).__name__}")
     if freqs.ndim not in (3, 4) or freqs.shape[0] != 2:
         raise ValueError(f"freqs must be (2, heads, F) or (2, depth, heads, F), got {tuple(freqs.shape)}")
     if pos.ndim != 2 or pos.shape[1] != 2:
         raise ValueError(f"pos must be (M, 2) with columns x and y, got {tuple(pos.shape)}")
-    with torch.autocast(freqs.device.type, enabled=False):
+    with no_autocast(freqs.device.type):
         freqs = freqs if freqs.dtype == torch.float64 else freqs.float()
         x, y = pos.to(freqs).unbind(1)
         angle = x[:, None] * freqs[0].unsqueeze(-2) + y[:, None] * freqs[1].unsqueeze(-2)
@@ -216,8 +218,6 @@ def _check(
 ) -> None:
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         raise ValueError(f"rope_attention: qkv must be (B, N, 3, heads, head_dim), got {tuple(qkv.shape)}")
-    if not qkv.is_floating_point():
-        raise TypeError(f"rope_attention: qkv must be a floating-point tensor, got {qkv.dtype}")
     n, heads, head_dim = qkv.shape[1], qkv.shape[3], qkv.shape[4]
     if rope is not None:
         if head_dim % 2:
@@ -249,7 +249,7 @@ def _unsupported(backend: str, qkv: Tensor, *rest: Any) -> str | None:
     batch, n, _, heads, head_dim = qkv.shape
     first_query, num_queries = rest[-2:]
     if batch == 0 or heads == 0 or (n - first_query if num_queries is None else num_queries) == 0:
-        return "there is nothing to compute (an empty batch or no queries)"
+        return EMPTY
     if backend == "native" and (head_dim % 2 or head_dim > 512):
         return f"head_dim {head_dim}: the kernels take even ones up to 512"
     if backend == "triton":

@@ -183,10 +183,15 @@ def test_head_dims_that_kernels_do_not_take_use_the_reference() -> None:
         assert "head_dim" in (rope_attention.reason(qkv)["native"] or "head_dim: no native library")
 
 
+def test_one_head_with_an_arbitrary_stride() -> None:
+    qkv = torch.randn(1, 2, 33, 3, 64, dtype=torch.bfloat16).permute(1, 2, 3, 0, 4)
+    torch.testing.assert_close(rope_attention(qkv), rope_attention_ref(qkv), rtol=2e-2, atol=2e-2)
+
+
 def test_wrong_frequencies_are_named() -> None:
     with pytest.raises(ValueError, match=r"freqs must be \(2, heads, F\)"):
         rope_table(torch.zeros(3, 4, 5), grid(2, 2))
     with pytest.raises(ValueError, match=r"pos must be \(M, 2\)"):
         rope_table(torch.zeros(2, 1, 5), torch.zeros(4))
-    with pytest.raises(TypeError, match=r"floating-point tensor, got torch.int64"):
+    with pytest.raises(TypeError, match=r"floating-point tensor as qkv, got torch.int64"):
         rope_attention(torch.zeros(1, 2, 3, 1, 8, dtype=torch.long))
