@@ -54,7 +54,7 @@ def why_not_packed(dtype: torch.dtype, device: torch.device) -> str | None:
 class PackedLinear(nn.Module):
     """Inference-only `nn.Linear` with an activation and an optional elementwise partner.
 
-    weight (out, in), bias (out,) or None: any float dtype; cast to `dtype` (default: weight's own), packed, not kept.
+    weight (out, in), bias (out,) or None: any float dtype; copied in `dtype` (default: weight's own) and packed.
     activation: "none", "relu", "gelu" (erf), "gelu_tanh", "silu".
     The module's `dtype`, `in_features`, `out_features` and `backend` ("packed" or "dense") tell what it became.
     ValueError for an unknown activation or shapes that do not fit.
@@ -83,14 +83,14 @@ class PackedLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.activation = activation
         self.dtype = weight.dtype if dtype is None else dtype
-        dense = weight.detach().to(self.dtype).contiguous()
-        self.register_buffer("bias", None if bias is None else bias.detach().to(self.dtype).contiguous())
+        own = functools.partial(torch.Tensor.to, dtype=self.dtype, copy=True, memory_format=torch.contiguous_format)
+        self.register_buffer("bias", None if bias is None else own(bias.detach()))
         self.backend = "packed" if pack and why_not_packed(self.dtype, weight.device) is None else "dense"
         if self.backend == "packed":
             # no buffer: state dicts, .to() and copies cannot handle opaque tensors
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(dense)
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(self.dtype).contiguous())
         else:
-            self.register_buffer("weight", dense)
+            self.register_buffer("weight", own(weight.detach()))
         self._plain, self._epilogue, kind = ACTIVATIONS[activation]
         native = self.backend == "packed" and self.dtype == torch.bfloat16 and _native.why_missing() is None
         self._native_kind = kind if native else None

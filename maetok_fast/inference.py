@@ -17,15 +17,17 @@
                      and, as in the models themselves, last blocks compute only the tokens that are read
 
 Not supported: gradients, training-time label dropout and stochastic depth (the prepared model is in eval mode), state
-dicts, `.to(device)`, torch.compile over packed weights. The original model is neither changed nor freed; the prepared
-one is a snapshot where weights were cast or packed, and shares the weights that already had the right dtype otherwise.
-On CUDA nothing is packed: the same structure runs eagerly over the dense weights in the chosen dtype.
+dicts, copy.deepcopy and pickling, `.to(device)`, torch.compile over packed weights. The original model is neither
+changed nor freed; the prepared one is a snapshot with its own weights: prepare again after training on. An enclosing
+autocast changes nothing, the dtype is `prepare`'s. On CUDA nothing is packed: the same structure runs eagerly over the
+dense weights in the chosen dtype.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -35,6 +37,7 @@ from torch.nn import functional as F
 from maetok_fast.kernels import rope_attention
 from maetok_fast.kernels.linear import PackedLinear
 from maetok_fast.layers import Mlp, SwiGLU, TimestepEmbedder
+from maetok_fast.models._checks import check_label_range, check_tensor
 from maetok_fast.models.sit import DiffusionTransformer, Modulations
 from maetok_fast.models.tokenizer import Decoder, Encoder, MAETok
 from maetok_fast.models.vit import Block, MoVQBlock
@@ -78,7 +81,8 @@ class _Prepared:
 
     def _input(self, name: str, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor) or not x.is_floating_point():
-            raise TypeError(f"{name}: expected a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"{name}: expected a floating-point tensor, got {got}")
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(
                 f"{name} requires grad, but a prepared model computes no gradients; use the model itself"
@@ -89,12 +93,19 @@ class _Prepared:
         return f"{type(self).__name__}({self.config}, {self.dtype})"
 
 
+@contextlib.contextmanager
+def _computing(device: torch.device) -> Iterator[None]:
+    """No gradients, and no autocast: packed layers take exactly the prepared dtype."""
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
+
+
 class Plan:
     """What `PreparedGenerator.plan` returns: steps ts (S,), labels without repeats, and the modulations of one chunk of
     at most `PLAN_ROWS` (step, label) rows, which `step` replaces as it goes."""
 
     def __init__(self, ts: Tensor, y: Tensor) -> None:
-        self.ts = ts
+        self.ts, self.batch = ts, len(y)
         self.labels, rows = y.unique(return_inverse=True)
         # equal to 0 .. B-1: one step's rows are then a slice of the chunk and nothing is gathered
         self.rows = None if torch.equal(rows, torch.arange(len(y), device=y.device)) else rows
@@ -117,7 +128,7 @@ class PreparedGenerator(_Prepared):
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Velocity of latents x (B, L, C) or (B, C, H, W) at times t (B,) in [0, 1] for labels y (B,), in x's dtype."""
         inputs = self._input("x", x)
-        with torch.no_grad():
+        with _computing(x.device):
             return self.model(inputs, t, y).to(x.dtype)
 
     def plan(self, ts: Tensor, y: Tensor) -> Plan:
@@ -129,6 +140,7 @@ class PreparedGenerator(_Prepared):
             raise ValueError(f"ts must be floating-point times of shape (S,), got {ts.dtype} {tuple(ts.shape)}")
         if y.ndim != 1 or len(y) == 0:
             raise ValueError(f"y must be labels of shape (B,) with B >= 1, got {tuple(y.shape)}")
+        check_label_range(y, self.config)
         return Plan(ts.to(y.device), y)
 
     def step(self, plan: Plan, i: int, x: Tensor) -> Tensor:
@@ -136,7 +148,8 @@ class PreparedGenerator(_Prepared):
         if not 0 <= i < len(plan.ts):
             raise IndexError(f"step {i} is not one of the plan's {len(plan.ts)} steps")
         inputs = self._input("x", x)
-        with torch.no_grad():
+        check_tensor("x", x, (plan.batch, *x.shape[1:]))
+        with _computing(x.device):
             if plan.modulations is None or not plan.first <= i < plan.first + plan.chunk_steps:
                 plan.modulations = None  # free the last chunk before the next is made
                 plan.first = i // plan.chunk_steps * plan.chunk_steps
@@ -152,13 +165,13 @@ class PreparedTokenizer(_Prepared):
     def encode(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
         """images (B, 3, H, W) in [-1, 1] -> latents (B, L, H); see `MAETok.encode`."""
         inputs = self._input("images", images)
-        with torch.no_grad():
+        with _computing(images.device):
             return self.model.encode(inputs, mask).to(images.dtype)
 
     def decode(self, latents: Tensor, size: int | tuple[int, int] | None = None) -> Tensor:
         """latents (B, L, H) -> images (B, 3, height, width), not clamped; see `MAETok.decode`."""
         inputs = self._input("latents", latents)
-        with torch.no_grad():
+        with _computing(latents.device):
             return self.model.decode(inputs, size).to(latents.dtype)
 
     def __call__(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -178,13 +191,15 @@ def _rebuild(module: nn.Module, dtype: torch.dtype) -> Any:
 
 
 def _clone(module: Any, dtype: torch.dtype, rebuild: Callable[[nn.Module, torch.dtype], Any] = _rebuild) -> Any:
-    """A second module of the same class and settings: parameters frozen and cast, children rebuilt."""
+    """A second module of the same class and settings: parameters copied, frozen and cast, children rebuilt."""
     clone = module.__class__.__new__(module.__class__)
     clone.__dict__.update({k: v.copy() if isinstance(v, dict) else v for k, v in module.__dict__.items()})
     for name, p in module._parameters.items():
         # RoPE frequencies are multiplied by positions up to 31: their angles need fp32
         wanted = torch.float32 if name == "freqs" else dtype
-        clone._parameters[name] = None if p is None else nn.Parameter(p.detach().to(wanted), requires_grad=False)
+        clone._parameters[name] = (
+            None if p is None else nn.Parameter(p.detach().to(wanted, copy=True), requires_grad=False)
+        )
     for name, child in module._modules.items():
         clone._modules[name] = None if child is None else rebuild(child, dtype)
     return clone
@@ -242,8 +257,8 @@ def _split(linear: nn.Linear, count: int, dtype: torch.dtype) -> nn.ModuleList:
     parts = nn.ModuleList()
     for weight, bias in zip(linear.weight.chunk(count), linear.bias.chunk(count), strict=True):
         part = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
-        part.weight = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
-        part.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+        part.weight = nn.Parameter(weight.detach().to(dtype, copy=True), requires_grad=False)
+        part.bias = nn.Parameter(bias.detach().to(dtype, copy=True), requires_grad=False)
         parts.append(part)
     return parts
 

@@ -6,7 +6,9 @@ output: a network's largest error over a few hundred values is one draw of the r
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -143,8 +145,6 @@ def tokenizer(request: pytest.FixtureRequest) -> Any:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [(32, 32), (24, 48)], ids=str)
 def test_tokenizer_equals_the_model(tokenizer: Any, dtype: torch.dtype, size: tuple[int, int]) -> None:
-    if tokenizer.config.position == "absolute" and size != (32, 32) and dtype == torch.bfloat16:
-        pytest.skip("resampling positions is torch's own work")
     images = (torch.rand(2, 3, *size) * 2 - 1).to(dtype)
     mask = torch.rand(2, size[0] * size[1] // 64) < 0.5
     exact_model, plain_model = copy.deepcopy(tokenizer).double(), copy.deepcopy(tokenizer).to(dtype)
@@ -178,7 +178,29 @@ def test_what_prepare_refuses() -> None:
         fast.step(fast.plan(torch.tensor([0.5, 0.1]), y), 2, x.detach())
     with pytest.raises(ValueError, match="ts must be"):
         fast.plan(torch.tensor([1, 0]), y)
+    with pytest.raises(ValueError, match=r"x: expected shape \(3, 12, 8\), got \(2, 12, 8\)"):
+        fast.step(fast.plan(torch.tensor([0.5, 0.1]), y), 0, x.detach()[:2])
+    with pytest.raises(ValueError, match=r"class labels must be 0 \.\. 20"):
+        fast.plan(torch.tensor([0.5]), y + 1)
     assert "SiTConfig" in repr(fast)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_prepared_models_are_snapshots_and_ignore_autocast(tokenizer: Any, dtype: torch.dtype) -> None:
+    generator, tokenizer = randomised(GENERATORS["lightningdit"]()).to(dtype), copy.deepcopy(tokenizer).to(dtype)
+    x, t, y = generator_inputs(generator)
+    images = torch.rand(1, 3, 32, 32) * 2 - 1
+    fast, fast_tokenizer = prepare(generator, dtype), prepare(tokenizer, dtype)
+    plan = fast.plan(torch.tensor([0.5]), y)
+    want = fast(x, t, y), fast.step(plan, 0, x), fast_tokenizer(images)
+    with torch.no_grad():
+        for p in itertools.chain(generator.parameters(), tokenizer.parameters()):
+            p.zero_()
+    for context in (contextlib.nullcontext(), torch.autocast("cpu", torch.bfloat16)):
+        with context:
+            plan = fast.plan(torch.tensor([0.5]), y)
+            got = fast(x, t, y), fast.step(plan, 0, x), fast_tokenizer(images)
+        assert all(torch.equal(g, w) for g, w in zip(got, want))
 
 
 def test_training_mode_is_left_behind() -> None:

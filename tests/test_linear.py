@@ -67,6 +67,19 @@ def test_partner(dtype: torch.dtype, activation: str, bias: bool) -> None:
     assert torch.equal(other, before)
 
 
+@pytest.mark.parametrize("pack", [True, False], ids=["packed", "dense"])
+def test_snapshot(pack: bool) -> None:
+    """Training on changes nothing: the weights are copied even where they have the right dtype already."""
+    plain = layer(64, 96)
+    copied = PackedLinear.of(plain, pack=pack)
+    x = torch.randn(3, 64)
+    before = copied(x)
+    with torch.no_grad():
+        plain.weight.zero_()
+        plain.bias.zero_()
+    assert torch.equal(copied(x), before)
+
+
 def test_input_with_odd_strides() -> None:
     packed = PackedLinear.of(layer(64, 64), dtype=torch.bfloat16)
     x = torch.randn(5, 9, 128).bfloat16()
