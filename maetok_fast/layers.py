@@ -324,9 +324,25 @@ def sincos_2d(dim: int, grid: tuple[int, int]) -> Tensor:
 
 
 def resample_grid(embed: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Learned positions (1, h*w, D) of the grid `old` -> `new`: bicubic, antialiased, in fp32, as timm does."""
+    """Learned positions (1, h*w, D) of the grid `old` -> `new`: bicubic, antialiased, as timm does.
+
+    F.interpolate(mode="bicubic", antialias=True), whose backward torch cannot compile for changing sizes, as the two
+    matrix products that it is. In fp64: these are small, and autocast leaves fp64 alone.
+    """
     if old == new:
         return embed
-    image = embed.float().view(1, *old, -1).permute(0, 3, 1, 2)
-    image = F.interpolate(image, size=new, mode="bicubic", antialias=True)
-    return image.permute(0, 2, 3, 1).flatten(1, 2).to(embed.dtype)
+    rows, columns = (_bicubic(n, m, embed.device) for n, m in zip(old, new))
+    image = torch.einsum("ih,hwd,jw->ijd", rows, embed.double().view(*old, -1), columns)
+    return image.flatten(0, 1).unsqueeze(0).to(embed.dtype)
+
+
+def _bicubic(old: int, new: int, device: torch.device) -> Tensor:
+    """Weights (new, old) fp64 of antialiased bicubic resampling: Keys' kernel with a = -1/2 at half-pixel centres,
+    stretched by old / new where that shrinks; weights that fall off the edge are shared among the others."""
+    scale = old / new
+    targets, sources = (torch.arange(n, dtype=torch.float64, device=device) + 0.5 for n in (new, old))
+    x = (sources - targets[:, None] * scale).abs() / max(scale, 1.0)
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+    w = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
+    return w / w.sum(dim=1, keepdim=True)

@@ -339,11 +339,21 @@ def test_bad_inputs(call: Any, error: type, message: str) -> None:
         (SiTConfig, {"tokens": (5, 4), "patch": 2}, "multiples of patch 2"),
         (SiTConfig, {"heads": 7}, "multiple of heads"),
         (SiTConfig, {"time": "dit"}, "time 'dit'"),
+        (SiTConfig, {"depth": "2"}, "SiTConfig: depth must be an integer, got '2'"),
+        (SiTConfig, {"heads": 16.0}, "heads must be an integer, got 16.0"),
+        (SiTConfig, {"label_dropout": 2}, r"label_dropout must be a probability in \[0, 1\], got 2"),
+        (SiTConfig, {"label_dropout": -1}, "label_dropout must be"),
+        (SiTConfig, {"label_dropout": "0.1"}, "label_dropout must be"),
+        (SiTConfig, {"tokens": "128"}, "the latent grid 128 must be"),
+        (SiTConfig, {"tokens": (16, 16.0)}, "the latent grid .* must be"),
+        (SiTConfig, {"tokens": [16, 16]}, r"the latent grid \[16, 16\] must be a tuple"),
+        (SiTConfig, {"mlp_ratio": 0}, "SiTConfig: mlp_ratio must be a number with dim"),
+        (SiTConfig, {"mlp_ratio": math.nan}, "mlp_ratio must be"),
         (LightningDiTConfig, {"dim": 24, "heads": 4}, "divisible by 4 for 2-D RoPE"),
     ],
 )
 def test_bad_configs(kind: type, fields: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         kind(**fields)
 
 

@@ -8,6 +8,7 @@ import itertools
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from maetok_fast import models
+from maetok_fast.layers import resample_grid
 from maetok_fast.models import MAETok, MAETokConfig, ViTSize
 
 ENCODER, DECODER = ViTSize(32, 3, 2), ViTSize(48, 2, 4)
@@ -453,6 +455,14 @@ BAD_INPUTS = [
     (lambda m, x: m.encode(x, torch.zeros(1, 16)), TypeError, r"mask: expected torch.bool"),
     (lambda m, x: m.decode(torch.zeros(1, 9, 6)), ValueError, r"latents: expected shape \(B, 8, 6\), got \(1, 9, 6\)"),
     (lambda m, x: m.decode(torch.zeros(1, 8, 6), 60), ValueError, r"size 60x60 must be a positive multiple"),
+    *(
+        (
+            lambda m, x, size=size: m.decode(torch.zeros(1, 8, 6), size),
+            ValueError,
+            r"size: expected an integer or \(hei",
+        )
+        for size in (64.0, 64.9, (64.9, 64), (64, 64, 3), "64", (64,), "6", ("64", "64"), torch.ones(2))
+    ),
     (lambda m, x: m.decode(torch.zeros(1, 8, 6).double()), TypeError, r"latents: .*torch.float64"),
 ]
 
@@ -468,16 +478,60 @@ def test_bad_inputs(call, error: type, message: str) -> None:
     [
         ({"decoder_kind": "movq"}, "decoder_kind 'movq'"),
         ({"position": "rope"}, "position 'rope'"),
+        ({"image_size": "256"}, r"image_size: expected an integer or \(height, width\) in pixels, got '256'"),
+        ({"image_size": (256,)}, r"got \(256,\)"),
+        ({"patch": "16"}, "patch must be an integer, got '16'"),
+        ({"latent_dim": 8.0}, "latent_dim must be an integer, got 8.0"),
+        ({"decoder_patch": 0}, "decoder_patch 0 >= 1"),
         ({"image_size": 250}, "250x250 must be a positive multiple of the patch 16"),
         ({"num_latent_tokens": -1}, "must be >= 0"),
         ({"num_latent_tokens": 0, "decoder_patch": 8}, "must equal"),
     ],
 )
 def test_bad_configs(fields: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         MAETokConfig(**fields)
+
+
+def test_bad_vit_sizes() -> None:
     with pytest.raises(ValueError, match="multiple of 4"):
         ViTSize(36, 2, 6)
+    with pytest.raises(TypeError, match="ViTSize: depth must be an integer, got '2'"):
+        ViTSize(depth="2")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="ViTSize: mlp_ratio must be a number"):
+        ViTSize(mlp_ratio=0)
+
+
+def test_sizes() -> None:
+    model, latents = build(dtype=torch.float32), torch.zeros(1, 8, 6)
+    with torch.no_grad():
+        for size in (32, (32, 48), [32, 48], np.int64(32), (np.int32(32), 48), torch.Size((32, 48))):
+            height, width = (size, size) if isinstance(size, (int, np.integer)) else size
+            assert model.decode(latents, size).shape == (1, 3, height, width)
+    assert MAETokConfig(image_size=(256, 256)) == MAETokConfig(image_size=np.int64(256)) == MAETokConfig()
+    assert MAETokConfig(image_size=[256, 128]).image_size == (256, 128)
+
+
+@pytest.mark.parametrize("old", [(4, 4), (1, 3), (7, 5)])
+@pytest.mark.parametrize("new", [(4, 5), (8, 3), (1, 1), (2, 13)])
+def test_resampling_is_torchs(old: tuple[int, int], new: tuple[int, int]) -> None:
+    embed = torch.randn(1, old[0] * old[1], 3)
+    image = embed.view(1, *old, 3).permute(0, 3, 1, 2)
+    theirs = F.interpolate(image, size=new, mode="bicubic", antialias=True).flatten(2).mT
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(resample_grid(embed, old, new), theirs, atol=2e-6, rtol=1e-5)
+
+
+def test_compiled_training_at_changing_sizes() -> None:
+    size = ViTSize(16, 1, 2)
+    model = build(dtype=torch.float32, position="absolute", encoder=size, decoder=size)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    for shape in ((64, 64), (48, 80)):
+        images = torch.randn(1, 3, *shape)
+        close(compiled(images), model(images))
+        compiled(images).square().sum().backward()
+    torch._dynamo.reset()
 
 
 def test_mask_needs_a_mask_token() -> None:

@@ -4,12 +4,23 @@ for `check_label_range`, so they cost no synchronisation and `torch.compile` fol
 
 from __future__ import annotations
 
+import math
+import operator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["check_dtype", "check_label_range", "check_labels", "check_tensor", "check_times"]
+__all__ = [
+    "check_dtype",
+    "check_integers",
+    "check_label_range",
+    "check_labels",
+    "check_ratio",
+    "check_tensor",
+    "check_times",
+    "height_width",
+]
 
 _CAST = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -36,6 +47,29 @@ def check_dtype(name: str, x: Tensor, weight: Tensor) -> None:
             f"{name}: expected the model's dtype {weight.dtype}, got {x.dtype}; use .to({weight.dtype})"
             + (" or autocast" if x.dtype in _CAST else "")
         )
+
+
+def check_integers(owner: str, **values: Any) -> None:
+    """TypeError unless each of a configuration's values is an int."""
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{owner}: {name} must be an integer, got {value!r}")
+
+
+def check_ratio(owner: str, dim: int, mlp_ratio: Any) -> None:
+    """ValueError unless dim * mlp_ratio is an MLP width of at least 1."""
+    if isinstance(mlp_ratio, bool) or not isinstance(mlp_ratio, (int, float)) or not 1 <= dim * mlp_ratio < math.inf:
+        raise ValueError(f"{owner}: mlp_ratio must be a number with dim * mlp_ratio >= 1, got {mlp_ratio!r}")
+
+
+def height_width(name: str, size: Any) -> tuple[int, int]:
+    """(height, width) of an integer, for a square, or of a pair of integers; ValueError for anything else."""
+    pair = size if isinstance(size, (tuple, list)) else (size, size)
+    try:
+        height, width = (v if isinstance(v, int) else operator.index(v) for v in pair)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}: expected an integer or (height, width) in pixels, got {size!r}") from None
+    return height, width
 
 
 def check_times(t: Any, batch: int) -> None:

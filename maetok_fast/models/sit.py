@@ -42,7 +42,7 @@ from maetok_fast.layers import (
     sincos_2d,
     unpatchify,
 )
-from maetok_fast.models._checks import check_dtype, check_labels, check_tensor, check_times
+from maetok_fast.models._checks import check_dtype, check_integers, check_labels, check_ratio, check_tensor, check_times
 from maetok_fast.models.checkpoints import Pretrained
 
 __all__ = ["Modulations", "SiT", "SiTConfig"]
@@ -72,18 +72,28 @@ class SiTConfig:
 
     def __post_init__(self) -> None:
         name, tokens = type(self).__name__, self.tokens
-        sizes = (self.channels, self.patch, self.dim, self.depth, self.heads, self.num_classes)
+        fields = ("channels", "patch", "dim", "depth", "heads", "num_classes")
+        check_integers(name, **{field: getattr(self, field) for field in fields})
+        sizes = tuple(getattr(self, field) for field in fields)
         if min(sizes) < 1 or self.dim % self.heads or self.dim % 4:
             raise ValueError(
                 f"{name}: channels, patch, dim, depth, heads, num_classes = {sizes} must be positive, and dim a "
                 "multiple of heads and of 4"
             )
+        check_ratio(name, self.dim, self.mlp_ratio)
+        if not isinstance(self.label_dropout, (int, float)) or not 0 <= self.label_dropout <= 1:
+            raise ValueError(f"{name}: label_dropout must be a probability in [0, 1], got {self.label_dropout!r}")
         if isinstance(tokens, int):
             if tokens < 1 or self.patch != 1:
                 raise ValueError(f"{name}: 1-D latents need tokens >= 1 and patch 1, got {tokens} and {self.patch}")
-        elif len(tokens) != 2 or min(tokens) < 1 or tokens[0] % self.patch or tokens[1] % self.patch:
+        elif (
+            not isinstance(tokens, tuple)
+            or len(tokens) != 2
+            or not all(isinstance(n, int) and n >= 1 for n in tokens)
+            or any(n % self.patch for n in tokens)
+        ):
             raise ValueError(
-                f"{name}: the latent grid {tokens} must be (height, width), multiples of patch {self.patch}"
+                f"{name}: the latent grid {tokens} must be a tuple (height, width), multiples of patch {self.patch}"
             )
         if self.time not in ("maetok", "sit"):
             raise ValueError(f"{name}: time {self.time!r} is not 'maetok' (t = 0 data) or 'sit' (t = 1 data)")

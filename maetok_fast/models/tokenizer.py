@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from maetok_fast.kernels import rope_table
 from maetok_fast.layers import axial_frequencies, grid_positions, mixed_frequencies, unpatchify
-from maetok_fast.models._checks import check_dtype, check_tensor
+from maetok_fast.models._checks import check_dtype, check_integers, check_tensor, height_width
 from maetok_fast.models.checkpoints import Pretrained
 from maetok_fast.models.vit import ViT, ViTSize
 
@@ -66,14 +66,25 @@ class MAETokConfig:
     latent_std: float = 1.0
 
     def __post_init__(self) -> None:
+        # 256 and (256, 256) are one size and so one configuration
+        height, width = height_width("MAETokConfig: image_size", self.image_size)
+        object.__setattr__(self, "image_size", height if height == width else (height, width))
+        check_integers(
+            "MAETokConfig",
+            base_image_size=self.base_image_size,
+            patch=self.patch,
+            decoder_patch=self.out_patch,
+            num_latent_tokens=self.num_latent_tokens,
+            latent_dim=self.latent_dim,
+        )
         if self.decoder_kind not in ("movqv2", "plain"):
             raise ValueError(f"MAETokConfig: decoder_kind {self.decoder_kind!r} is not 'movqv2' or 'plain'")
         if self.position not in ("mixed", "axial", "absolute"):
             raise ValueError(f"MAETokConfig: position {self.position!r} is not 'mixed', 'axial' or 'absolute'")
-        if self.num_latent_tokens < 0 or self.latent_dim < 1 or self.patch < 1:
+        if self.num_latent_tokens < 0 or min(self.latent_dim, self.patch, self.out_patch) < 1:
             raise ValueError(
-                f"MAETokConfig: num_latent_tokens {self.num_latent_tokens} must be >= 0, latent_dim {self.latent_dim} "
-                f"and patch {self.patch} >= 1"
+                f"MAETokConfig: num_latent_tokens {self.num_latent_tokens} must be >= 0, latent_dim {self.latent_dim}, "
+                f"patch {self.patch} and decoder_patch {self.out_patch} >= 1"
             )
         for patch in (self.patch, self.out_patch):
             grid_of(self.size, patch, "MAETokConfig: image_size")
@@ -83,8 +94,7 @@ class MAETokConfig:
     @property
     def size(self) -> tuple[int, int]:
         """Trained (height, width) in pixels."""
-        size = self.image_size
-        return (size, size) if isinstance(size, int) else (size[0], size[1])
+        return height_width("MAETokConfig: image_size", self.image_size)
 
     @property
     def out_patch(self) -> int:
@@ -276,8 +286,7 @@ class MAETok(Pretrained, nn.Module):
                 side = math.isqrt(latents.shape[1])
                 if side * side == latents.shape[1]:
                     size = side * config.patch
-        height_width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-        grid = grid_of(height_width, config.out_patch, "size")
+        grid = grid_of(height_width("size", size), config.out_patch, "size")
         tokens = config.num_latent_tokens or grid[0] * grid[1]
         check_tensor("latents", latents, ("B", tokens, config.latent_dim))
         check_dtype("latents", latents, self.quant_conv.weight)

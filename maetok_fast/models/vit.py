@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from maetok_fast.layers import Attention, LayerNorm, LayerScale, Mlp, Modulation, PatchEmbed, drop_path, resample_grid
+from maetok_fast.models._checks import check_integers, check_ratio
 
 __all__ = ["Block", "MoVQBlock", "MoVQNorm", "ViT", "ViTSize"]
 
@@ -30,6 +31,8 @@ class ViTSize:
     mlp_ratio: float = 4.0
 
     def __post_init__(self) -> None:
+        check_integers("ViTSize", dim=self.dim, depth=self.depth, heads=self.heads)
+        check_ratio("ViTSize", self.dim, self.mlp_ratio)
         if min(self.dim, self.depth, self.heads) < 1 or self.dim % self.heads or (self.dim // self.heads) % 4:
             raise ValueError(
                 f"ViTSize: dim {self.dim}, depth {self.depth}, heads {self.heads}: all must be positive and "
