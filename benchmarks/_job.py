@@ -22,7 +22,7 @@ from maetok_fast.diffusion import sample
 from maetok_fast.inference import prepare
 
 TRAIN_BATCH = 256  # images that share one optimizer step, as in published SiT training
-BUDGET = {"full": 240.0, "quick": 40.0}  # seconds; once spent, a group's first calls are its samples
+BUDGET = {"full": 240.0, "quick": 25.0}  # seconds; once spent, a group's first calls are its samples
 OUR_STEPS = 2  # sampling steps in one timed call of ours
 
 
@@ -37,7 +37,7 @@ class Job:
         self.many = (args.res // 16) ** 2
         self.batch = {"few": args.batch, "many": max(1, args.batch * args.tokens // self.many)}
         self.start, self.budget = time.perf_counter(), BUDGET["quick" if args.quick else "full"]
-        self.rounds = 3 if args.quick else 5
+        self.rounds = 2 if args.quick else 5
         self.matmul_size = 256 if args.model == "tiny" else 4096
         self.rows: dict[str, Row] = {}
         self.notes: list[str] = []
@@ -63,7 +63,7 @@ class Job:
         """Photographs in, latents, photographs out; encode and decode rates of the peers and ours."""
         args = self.args
         files = find_images(args.images) if args.images else bundled_photographs()
-        files = files[: 4 if args.quick else 12]
+        files = files[: 2 if args.quick else 12]
         self.tick(f"reading {len(files)} photographs")
         start = time.perf_counter()
         photographs = load_images(files, args.res).to(self.device)
@@ -108,7 +108,9 @@ class Job:
             peer = _workload.plain_tokenizer(model, dtype)
             cases[f"public-few-{name} encode"] = _bind(peer.encode, images.to(dtype))
             cases[f"public-few-{name} decode"] = _bind(peer.decode, latents.to(dtype))
-            self.agreement[f"encode public {name}"] = _workload.relative_error(peer.encode(images[:1].to(dtype)), exact)
+            if name != "fp32":
+                latent = peer.encode(images[:1].to(dtype))
+                self.agreement[f"encode public {name}"] = _workload.relative_error(latent, exact)
         self.agreement[f"encode ours {self.args.dtype}"] = _workload.relative_error(latents[:1], exact)
         return cases
 

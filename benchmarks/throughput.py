@@ -37,8 +37,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--tokens", type=int, default=128, help="latent tokens of the tokenizer and the generator (default 128)")
     add("--res", type=int, default=512, help="image resolution in pixels, a multiple of 16 (default 512)")
     add("--model", choices=sorted(_workload.SIZES), help="generator size (default sit-xl; sit-b with --quick)")
-    add("--batch", type=int, help="images per forward at --tokens (default 4, 64 on CUDA); the grid rows get the "
-        "batch with as many tokens")  # fmt: skip
+    add("--batch", type=int, help="images per forward at --tokens (default 4, 2 with --quick, 64 on CUDA); the grid "
+        "rows get the batch with as many tokens")  # fmt: skip
     add("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="precision of the fast rows (default bf16)")
     add("--device", default="cpu", help="cpu (default) or cuda")
     add("--steps", type=int, default=250, help="sampling steps (NFE) that img/s is stated for (default 250)")
@@ -62,7 +62,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA device here; use --device cpu")
     args.model = args.model or ("sit-b" if args.quick else "sit-xl")
-    args.batch = args.batch or (64 if args.device.startswith("cuda") else 4)
+    args.batch = args.batch or (64 if args.device.startswith("cuda") else 2 if args.quick else 4)
     return args
 
 
