@@ -140,9 +140,7 @@ def _drive(op: Any, backend: Any, sample: Any, dtype: Any, current: list[str]) -
     out, *saved = backend.forward(*args)
     current[1] = "backward"
     saved = [out, *saved] if op.keep_output else saved
-    own = op.names.index(op.residual) if op.residual else -1
-    needs = [isinstance(a, torch.Tensor) and i != own for i, a in enumerate(args)]
-    backend.backward(torch.empty_like(out), saved, args, needs)
+    backend.backward(torch.empty_like(out), saved, args, op.asked(args))
 
 
 def _launch(fn: Any, bound: dict[str, Any], op: str, direction: str, options: dict[str, int]) -> Launch:

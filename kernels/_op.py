@@ -27,7 +27,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -203,7 +203,6 @@ class Op:
     fp32: names of tensors that are always fp32 (fp64 for a reference run in fp64), whatever the others are.
     residual: name of the argument whose gradient is the output's own gradient (x in x + f), so nobody copies it.
     samples, cost: see `Sample` and `Cost`.
-    peers: other implementations for the benchmarks, name -> function of the op's arguments.
     """
 
     name: str
@@ -220,7 +219,6 @@ class Op:
     autocast: str = "promote"
     fp32: frozenset[str] = frozenset()
     residual: str | None = None
-    peers: dict[str, Callable[..., Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.name in _RECORDS:
@@ -294,11 +292,15 @@ class Op:
         full = torch.float64 if target == torch.float64 else torch.float32
         out = []
         for value, fp32 in zip(args, self._fp32_at):
-            if isinstance(value, Tensor) and value.is_floating_point():
+            if isinstance(value, Tensor):
                 wanted = full if fp32 else target
                 value = value if value.dtype == wanted else value.to(wanted)
             out.append(value)
         return tuple(out)
+
+    def asked(self, args: tuple[Any, ...]) -> list[bool]:
+        """Per argument, whether a backend's backward has a gradient to compute when every tensor wants its own."""
+        return [isinstance(a, Tensor) and i != self._residual_at for i, a in enumerate(args)]
 
     def all_backends(self) -> tuple[Backend, ...]:
         """The CPU backends, then the CUDA backends."""
@@ -315,7 +317,7 @@ class Op:
             if isinstance(value, Tensor):
                 if value.device != args[0].device:
                     return f"{name} is on {value.device} and {self.names[0]} on {args[0].device}"
-                if value.is_floating_point() and value.dtype not in KERNEL_DTYPES:
+                if value.dtype not in KERNEL_DTYPES:
                     return f"{name} is {value.dtype}; the kernels take float32, bfloat16 and float16"
         return self.unsupported(candidate.name, *args)
 

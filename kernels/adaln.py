@@ -235,6 +235,11 @@ def _modulation(shift: Tensor | None, scale: Tensor | None) -> tuple[int, bool]:
     return 0 if like is None else like.shape[1] if per_token else 1, per_token
 
 
+def _with_tokens(m: Tensor | None) -> Tensor | None:
+    """(B, D) -> (B, 1, D), what the native library takes; (B, T, D) as it is."""
+    return m.unsqueeze(1) if m is not None and m.ndim == 2 else m
+
+
 def _rows(width: int) -> dict[str, int]:
     return {"D": width, "PAD": next_power_of_2(width), "num_warps": row_warps(width)}
 
@@ -283,8 +288,7 @@ def _triton_backward(
 def _native_forward(*args: Any) -> tuple[Tensor, ...]:
     x, shift, scale, weight, bias, eps, offset = args
     _tokens, per_token = _modulation(shift, scale)
-    if not per_token:
-        shift, scale = (None if m is None else m.unsqueeze(1) for m in (shift, scale))
+    shift, scale = _with_tokens(shift), _with_tokens(scale)
     y = torch.empty_like(x)
     stats = x.new_empty(x.shape[0] * x.shape[1], 2, dtype=torch.float32)
     _native.lib().adaln_fwd(x, shift, scale, weight, bias, y, stats, eps, offset, int(not per_token))
@@ -296,8 +300,7 @@ def _native_backward(
 ) -> Sequence[Tensor | None]:
     x, shift, scale, weight, bias, _eps, offset = args
     _tokens, per_token = _modulation(shift, scale)
-    if not per_token:
-        shift, scale = (None if m is None else m.unsqueeze(1) for m in (shift, scale))
+    shift, scale = _with_tokens(shift), _with_tokens(scale)
     dx = torch.empty_like(x)
     dshift = torch.empty_like(shift) if needs[1] and shift is not None else None
     dscale = torch.empty_like(scale) if needs[2] and scale is not None else None

@@ -188,7 +188,7 @@ def _native_backward(
     if tokens <= _WIDE_BACKWARD:
         tensors = [t.float() for t in tensors]
     grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*tensors, lse, 0.0, False)
-    dq, dk, dv = (g.to(qkv.dtype).transpose(1, 2).contiguous() for g in grads)
+    dq, dk, dv = (g.to(qkv.dtype).transpose(1, 2) for g in grads)
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     drope = torch.empty_like(rope, memory_format=torch.contiguous_format) if needs[1] else None
     dweights = qkv.new_empty(4, head_dim, dtype=torch.float32) if any(needs[2:6]) else None
@@ -240,15 +240,15 @@ def _check(
             raise ValueError(f"rope_attention: {name} has no meaning with qk_norm={qk_norm!r}")
         if tuple(weight.shape) != (head_dim,):
             raise ValueError(f"rope_attention: {name} must be ({head_dim},), got {tuple(weight.shape)}")
-    count = n - first_query if num_queries is None else num_queries
+    count = _query_range(qkv, first_query, num_queries)[1]
     if first_query < 0 or count < 0 or first_query + count > n:
         raise ValueError(f"rope_attention: queries {first_query} .. {first_query + count} are not within {n} tokens")
 
 
 def _unsupported(backend: str, qkv: Tensor, *rest: Any) -> str | None:
-    batch, n, _, heads, head_dim = qkv.shape
+    batch, _n, _, heads, head_dim = qkv.shape
     first_query, num_queries = rest[-2:]
-    if batch == 0 or heads == 0 or (n - first_query if num_queries is None else num_queries) == 0:
+    if batch == 0 or heads == 0 or _query_range(qkv, first_query, num_queries)[1] == 0:
         return EMPTY
     if backend == "native" and (head_dim % 2 or head_dim > 512):
         return f"head_dim {head_dim}: the kernels take even ones up to 512"
@@ -262,8 +262,8 @@ def _unsupported(backend: str, qkv: Tensor, *rest: Any) -> str | None:
 
 def _fake(name: str, *args: Any) -> tuple[Tensor, ...]:
     qkv, first_query, num_queries = args[0], args[9], args[10]
-    batch, n, _, heads, head_dim = qkv.shape
-    count = n - first_query if num_queries is None else num_queries
+    batch, _n, _, heads, head_dim = qkv.shape
+    count = _query_range(qkv, first_query, num_queries)[1]
     if name == "native":  # torch's CPU flash attention lays its log-sum-exp out as (B, Nq, heads)
         lse = qkv.new_empty(batch, count, heads, dtype=torch.float32).transpose(1, 2)
     else:

@@ -7,7 +7,6 @@ import itertools
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -25,13 +24,7 @@ from maetok_fast.models import LightningDiT, LightningDiTConfig, SiT, SiTConfig
 TINY: dict[str, Any] = {"channels": 5, "dim": 48, "depth": 2, "heads": 4, "num_classes": 10}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tiny tensors: threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def build(kind: type, dtype: torch.dtype = torch.float64, **fields: Any) -> Any:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -23,13 +22,7 @@ from maetok_fast.models import MAETok, MAETokConfig, ViTSize
 ENCODER, DECODER = ViTSize(32, 3, 2), ViTSize(48, 2, 4)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tiny tensors: threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def build(seed: int = 0, dtype: torch.dtype = torch.float64, **fields: object) -> MAETok:

@@ -138,8 +138,7 @@ def test_buffers_are_filled_and_not_overrun_in_any_program_order(op: Op, name: s
 
 def launch(op: Op, found: Backend, bound: tuple[Any, ...]) -> list[Tensor]:
     """A backend's launchers, forward and backward, called directly."""
-    own = op.names.index(op.residual) if op.residual else -1
-    needs = [isinstance(a, Tensor) and i != own for i, a in enumerate(bound)]
+    needs = op.asked(bound)
     out, *saved = found.forward(*bound)
     grads = found.backward(torch.ones_like(out), [out, *saved] if op.keep_output else saved, bound, needs)
     return [out, *[g for g, n in zip(grads, needs) if n and g is not None]]
