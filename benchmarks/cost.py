@@ -137,10 +137,13 @@ def _drive(op: Any, backend: Any, sample: Any, dtype: Any, current: list[str]) -
 
     args = op.bind((), sample.make(randn))
     current[:] = [op.name, "forward", f"{sample.label}, {str(dtype)[6:]}"]
-    out, *saved = backend.forward(*args)
+    results = list(backend.forward(*args))
+    if backend.backward is None:
+        return
     current[1] = "backward"
-    saved = [out, *saved] if op.keep_output else saved
-    backend.backward(torch.empty_like(out), saved, args, op.asked(args))
+    grads = tuple(torch.empty_like(out) for out in results[: op.outputs - op.detached])
+    saved = results if op.keep_output else results[op.outputs :]
+    backend.backward(grads if op.outputs > 1 else grads[0], saved, args, op.asked(args))
 
 
 def _launch(fn: Any, bound: dict[str, Any], op: str, direction: str, options: dict[str, int]) -> Launch:
@@ -149,7 +152,7 @@ def _launch(fn: Any, bound: dict[str, Any], op: str, direction: str, options: di
 
     names = {
         torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64",
-        torch.uint8: "u8", torch.bool: "i1",
+        torch.uint8: "u8", torch.bool: "i1", torch.float8_e4m3fn: "fp8e4nv", torch.float8_e5m2: "fp8e5",
     }  # fmt: skip
     signature, constants, divisible = [], [], []
     for i, param in enumerate(fn.params):

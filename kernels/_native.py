@@ -71,3 +71,19 @@ def lib() -> Any:
     if library is None:
         raise RuntimeError(f"{reason}; {_CURE}")
     return library
+
+
+@functools.cache
+def why_no_cuda(device: str) -> str | None:
+    """Why the CUDA C++ kernels cannot run on tensors of this device type ("cuda", "cpu"), or None."""
+    reason = why_missing()
+    if reason is None and device != "cuda":
+        reason = f"the CUDA kernels run on CUDA tensors, these are on {device}"
+    if reason is None and not lib().cuda_archs():
+        reason = "the native library was built without nvcc"
+    return lib().cuda_status() or None if reason is None else reason
+
+
+def cuda() -> Any:
+    """The module with the `<fn>_cuda` functions; RuntimeError with the reason if there is none."""
+    return lib()

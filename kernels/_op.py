@@ -26,8 +26,8 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -66,6 +66,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "int | None": (int, torch.SymInt, type(None)),
     "float": (float, int, torch.SymFloat, torch.SymInt),
     "str": (str,),
+    "bool": (bool,),
 }
 
 
@@ -98,15 +99,17 @@ class Sample:
 class Backend:
     """One way to compute an op with kernels.
 
-    forward(*args) -> (output, *saved): `args` are the op's arguments in order, every tensor contiguous; launches,
+    forward(*args) -> (*outputs, *saved): `args` are the op's arguments in order, every tensor contiguous; launches,
         checks nothing.
     backward(grad, saved, args, needs) -> one gradient per argument (None where `needs` is False or it is no tensor).
-    library: what must be present: "native" (csrc), "triton", or None.
+        `grad` is the output's gradient; for an op of several outputs the tuple of theirs (zeros where autograd has
+        none), without the detached ones. None for an op that is not differentiable.
+    library: what must be present: "native" (csrc/cpu), "cuda" (csrc/cuda), "triton", or None.
     """
 
     name: str
     forward: Callable[..., tuple[Tensor, ...]]
-    backward: Callable[[Tensor, Sequence[Tensor], tuple[Any, ...], Sequence[bool]], Sequence[Tensor | None]]
+    backward: Callable[[Any, Sequence[Tensor], tuple[Any, ...], Sequence[bool]], Sequence[Tensor | None]] | None
     library: str | None = None
 
 
@@ -173,6 +176,8 @@ def _why_missing(library: str | None, device: str) -> str | None:
         return _native.why_missing()
     if library == "triton":
         return why_no_triton(device)
+    if library == "cuda":
+        return _native.why_no_cuda(device)
     return None
 
 
@@ -191,22 +196,28 @@ class Op:
     """The record of an op. Calling it computes the op with the best backend for these inputs.
 
     name: the op's name, also under `torch.ops.maetok_fast`.
-    ref: the formula in plain torch, any float dtype; its signature (typed, no `*`) is the op's signature.
+    ref: the formula in plain torch, any float dtype; its signature (typed, no `*`) is the op's signature. The first
+        argument is a tensor and fixes the device.
     cpu, cuda: backends by device, the preferred one first.
-    fake: fake(backend, *args) -> shapes of (output, *saved) as empty tensors.
-    saved: how many tensors the forwards save beside the output.
-    keep_output: the backward also needs the output itself, as the first of `saved`.
+    fake: fake(backend, *args) -> shapes of (*outputs, *saved) as empty tensors.
+    outputs: how many tensors the op returns, a tuple when more than one.
+    detached: how many of them, the last ones, carry no gradient (statistics); the reference detaches them too.
+    saved: how many tensors the forwards save beside the outputs.
+    keep_output: the backward also needs the outputs themselves, as the first of `saved`.
+    differentiable: False for targets and random numbers: nothing of the call is recorded for autograd.
     check: raises ValueError/TypeError in one sentence when the arguments do not fit together (shape-only, pure).
     unsupported: unsupported(backend, *args) -> why that backend cannot take these, or None (shape-only, pure).
     autocast: "lower": under autocast fp32 tensors are cast to the autocast dtype; "promote": no autocast; the tensors
         are brought to their widest dtype, as torch's own elementwise type promotion does.
     fp32: names of tensors that are always fp32 (fp64 for a reference run in fp64), whatever the others are.
+    own_dtypes: name -> the dtypes that this tensor may have (masks, indices, uint8 pixels): it is handed on as it is
+        and takes no part in the dtype rule. All other tensors are floating-point.
     residual: name of the argument whose gradient is the output's own gradient (x in x + f), so nobody copies it.
     samples, cost: see `Sample` and `Cost`.
     """
 
     name: str
-    ref: Callable[..., Tensor]
+    ref: Callable[..., Any]
     fake: Callable[..., tuple[Tensor, ...]]
     check: Callable[..., None]
     unsupported: Callable[..., str | None]
@@ -214,10 +225,14 @@ class Op:
     cost: Callable[..., Cost]
     cpu: Sequence[Backend] = ()
     cuda: Sequence[Backend] = ()
+    outputs: int = 1
+    detached: int = 0
     saved: int = 0
     keep_output: bool = False
+    differentiable: bool = True
     autocast: str = "promote"
     fp32: frozenset[str] = frozenset()
+    own_dtypes: Mapping[str, tuple[torch.dtype, ...]] = field(default_factory=dict)
     residual: str | None = None
 
     def __post_init__(self) -> None:
@@ -233,6 +248,7 @@ class Op:
         self._kinds = tuple(str(p.annotation) for p in self._params)
         self._required = sum(p.default is inspect.Parameter.empty for p in self._params)
         self._defaults = tuple(p.default for p in self._params)
+        self._own = tuple(self.own_dtypes.get(name) for name in self.names)
         self._fp32_at = tuple(name in self.fp32 for name in self.names)
         self._residual_at = -1 if self.residual is None else self.names.index(self.residual)
         self.__doc__, self.__name__, self.__signature__ = self.ref.__doc__, self.name, signature
@@ -241,15 +257,23 @@ class Op:
 
     # ---- the call ----------------------------------------------------------------------------------------------
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         args = self.bind(args, kwargs)
         self.check(*args)
         args = self._coerce(args)
+        if self.differentiable:
+            return self._compute(args)
+        with torch.no_grad():
+            return self._compute(args)
+
+    def _compute(self, args: tuple[Any, ...]) -> Any:
         chosen = self.choose(args)
         if chosen == "reference":
             with no_autocast(args[0].device.type):
                 return self.ref(*args)
         out = self._forward_op(chosen, *args)
+        if self.outputs > 1:
+            return tuple(out[: self.outputs])
         return out[0] if self.saved else out
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
@@ -269,30 +293,36 @@ class Op:
         if len(args) < self._required and given < self._required:
             missing = [n for n in self.names[len(args) : self._required] if n not in kwargs]
             raise TypeError(f"{self.name}() misses {', '.join(missing)}")
-        for name, kind, value in zip(self.names, self._kinds, bound):
+        for name, kind, own, value in zip(self.names, self._kinds, self._own, bound):
             if not isinstance(value, _KINDS[kind]):
                 wanted = kind.replace("Tensor", "a tensor").replace("|", "or")
                 raise TypeError(f"{self.name}() expects {wanted} as {name}, got {type(value).__name__}")
-            if isinstance(value, Tensor) and not value.is_floating_point():
+            if not isinstance(value, Tensor):
+                continue
+            if own is not None and value.dtype not in own:
+                wanted = " or ".join(str(d)[6:] for d in own)
+                raise TypeError(f"{self.name}() expects {name} in {wanted}, got {value.dtype}")
+            if own is None and not value.is_floating_point():
                 raise TypeError(f"{self.name}() expects a floating-point tensor as {name}, got {value.dtype}")
         return tuple(bound)
 
     def _coerce(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Applies the op's dtype rule: autocast or promotion, and the always-fp32 arguments."""
         device = args[0].device.type
-        target = args[0].dtype
+        ruled = [isinstance(v, Tensor) and own is None for v, own in zip(args, self._own)]
+        mine = [v.dtype for v, r, fp32 in zip(args, ruled, self._fp32_at) if r and not fp32]
+        target = mine[0] if mine else torch.float32
         if self.autocast == "lower":
             available = torch.amp.is_autocast_available(device)
             if target == torch.float32 and available and torch.is_autocast_enabled(device):
                 target = torch.get_autocast_dtype(device)
         else:
-            for value, fp32 in zip(args, self._fp32_at):
-                if isinstance(value, Tensor) and not fp32:
-                    target = torch.promote_types(target, value.dtype)
+            for dtype in mine:
+                target = torch.promote_types(target, dtype)
         full = torch.float64 if target == torch.float64 else torch.float32
         out = []
-        for value, fp32 in zip(args, self._fp32_at):
-            if isinstance(value, Tensor):
+        for value, rule, fp32 in zip(args, ruled, self._fp32_at):
+            if rule:
                 wanted = full if fp32 else target
                 value = value if value.dtype == wanted else value.to(wanted)
             out.append(value)
@@ -300,7 +330,7 @@ class Op:
 
     def asked(self, args: tuple[Any, ...]) -> list[bool]:
         """Per argument, whether a backend's backward has a gradient to compute when every tensor wants its own."""
-        return [isinstance(a, Tensor) and i != self._residual_at for i, a in enumerate(args)]
+        return [isinstance(a, Tensor) and a.is_floating_point() and i != self._residual_at for i, a in enumerate(args)]
 
     def all_backends(self) -> tuple[Backend, ...]:
         """The CPU backends, then the CUDA backends."""
@@ -313,11 +343,11 @@ class Op:
         reason = _why_missing(candidate.library, device)
         if reason is not None:
             return reason
-        for name, value in zip(self.names, args):
+        for name, own, value in zip(self.names, self._own, args):
             if isinstance(value, Tensor):
                 if value.device != args[0].device:
                     return f"{name} is on {value.device} and {self.names[0]} on {args[0].device}"
-                if value.dtype not in KERNEL_DTYPES:
+                if value.dtype == torch.float64 if own is not None else value.dtype not in KERNEL_DTYPES:
                     return f"{name} is {value.dtype}; the kernels take float32, bfloat16 and float16"
         return self.unsupported(candidate.name, *args)
 
@@ -328,14 +358,14 @@ class Op:
         forced = _State.forced
         if forced == "reference":
             return forced
-        if _differentiated_forward():
+        if self.differentiable and _differentiated_forward():
             if _State.strict or forced is not None:
                 raise BackendError(f"{self.name}: kernels have no torch.func or forward-mode derivatives, only ref has")
             return "reference"
         if forced is not None:
             for candidate in self.all_backends():
                 if candidate.name == forced:
-                    native_elsewhere = candidate not in self._candidates(device) and candidate.library == "native"
+                    native_elsewhere = candidate.library == "native" and device != "cpu"
                     reason = f"it runs on the CPU, the inputs are on {device}" if native_elsewhere else None
                     reason = reason or self._why_not(candidate, device, args)
                     if reason is not None:
@@ -394,13 +424,14 @@ class Op:
         arguments = re.sub(
             r"=[^,)]+", "", torch.library.infer_schema(self.ref, mutates_args=()).rsplit("->", 1)[0].strip()[1:-1]
         )
-        outputs = ", ".join(["Tensor"] * (1 + self.saved))
+        total, results = self.outputs + self.saved, self.outputs - self.detached
+        returns = ", ".join(["Tensor"] * total)
         is_tensor = ["Tensor" in str(p.annotation) for p in self._params]
         count = len(self._params)
 
         def shaped(outputs: tuple[Tensor, ...]) -> Any:
             """As the schema says: torch takes a single output bare, several as a tuple."""
-            return outputs if self.saved else outputs[0]
+            return tuple(outputs) if total > 1 else outputs[0]
 
         def contiguous(args: tuple[Any, ...]) -> tuple[Any, ...]:
             return tuple(a.contiguous() if isinstance(a, Tensor) else a for a in args)
@@ -409,26 +440,36 @@ class Op:
             with torch.cuda.device_of(args[0]):
                 return shaped(self._backend(name).forward(*contiguous(args)))
 
-        def backward(grad: Tensor, saved: list[Tensor], needs: list[bool], name: str, *args: Any) -> list[Tensor]:
-            with torch.cuda.device_of(grad):
-                grads = self._backend(name).backward(grad.contiguous(), saved, contiguous(args), needs)
-            return [g if n and g is not None else grad.new_empty(0) for g, n in zip(grads, needs)]
+        forward_op = torch.library.custom_op(
+            f"{NAMESPACE}::{self.name}", forward, mutates_args=(), schema=f"(str backend, {arguments}) -> ({returns})"
+        )
+        forward_op.register_fake(lambda name, *args: shaped(self.fake(name, *args)))
+        if not self.differentiable:
+            return forward_op
 
-        def backward_fake(grad: Tensor, saved: list[Tensor], needs: list[bool], name: str, *args: Any) -> list[Tensor]:
+        def backward(
+            grads: list[Tensor], saved: list[Tensor], needs: list[bool], name: str, *args: Any
+        ) -> list[Tensor]:
+            run = self._backend(name).backward
+            assert run is not None
+            dense = contiguous(tuple(grads))
+            with torch.cuda.device_of(dense[0]):
+                found = run(dense if self.outputs > 1 else dense[0], saved, contiguous(args), needs)
+            return [g if n and g is not None else dense[0].new_empty(0) for g, n in zip(found, needs)]
+
+        def backward_fake(
+            grads: list[Tensor], saved: list[Tensor], needs: list[bool], name: str, *args: Any
+        ) -> list[Tensor]:
             return [
-                torch.empty_like(v, memory_format=torch.contiguous_format) if n else grad.new_empty(0)
+                torch.empty_like(v, memory_format=torch.contiguous_format) if n else grads[0].new_empty(0)
                 for v, n in zip(args, needs)
             ]
 
-        forward_op = torch.library.custom_op(
-            f"{NAMESPACE}::{self.name}", forward, mutates_args=(), schema=f"(str backend, {arguments}) -> ({outputs})"
-        )
-        forward_op.register_fake(lambda name, *args: shaped(self.fake(name, *args)))
         backward_op = torch.library.custom_op(
             f"{NAMESPACE}::{self.name}_backward",
             backward,
             mutates_args=(),
-            schema=f"(Tensor grad, Tensor[] saved_outputs, bool[] needs, str backend, {arguments}) -> Tensor[]",
+            schema=f"(Tensor[] grads, Tensor[] saved_outputs, bool[] needs, str backend, {arguments}) -> Tensor[]",
         )
         backward_op.register_fake(backward_fake)
 
@@ -442,16 +483,20 @@ class Op:
 
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             ctx.backend, *values = inputs
-            outputs = output if self.saved else (output,)
+            outputs = tuple(output) if total > 1 else (output,)
             tensors = [v for v, t in zip(values, is_tensor) if t and v is not None]
-            ctx.save_for_backward(*tensors, *outputs[0 if self.keep_output else 1 :])
+            ctx.save_for_backward(*tensors, *outputs[0 if self.keep_output else self.outputs :])
             ctx.others = [None if t and v is not None else v for v, t in zip(values, is_tensor)]
             ctx.present = [t and v is not None for v, t in zip(values, is_tensor)]
+            ctx.like = [(o.shape, o.dtype, o.device) for o in outputs[:results]] if results > 1 else []
             ctx.set_materialize_grads(False)
+            if total > results:
+                ctx.mark_non_differentiable(*outputs[results:])
 
-        def autograd(ctx: Any, grad: Tensor | None, *_saved_grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        def autograd(ctx: Any, *output_grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            given = output_grads[:results]
             nothing: list[Tensor | None] = [None] * (count + 1)
-            if grad is None:
+            if all(g is None for g in given):
                 return tuple(nothing)
             tensors = list(ctx.saved_tensors)
             values = [tensors.pop(0) if p else v for p, v in zip(ctx.present, ctx.others)]
@@ -460,10 +505,14 @@ class Op:
             asked = [n and i != own for i, n in enumerate(needs)]
             grads = list(nothing)
             if any(asked):
-                results = backward_op(grad, tensors, asked, ctx.backend, *values)
-                grads[1:] = [r if n else None for r, n in zip(results, asked)]
+                full = [
+                    torch.zeros(ctx.like[i][0], dtype=ctx.like[i][1], device=ctx.like[i][2]) if g is None else g
+                    for i, g in enumerate(given)
+                ]
+                found = backward_op(full, tensors, asked, ctx.backend, *values)
+                grads[1:] = [r if n else None for r, n in zip(found, asked)]
             if own >= 0 and needs[own]:
-                grads[1 + own] = grad
+                grads[1 + own] = given[0]
             return tuple(grads)
 
         forward_op.register_autograd(autograd, setup_context=setup_context)

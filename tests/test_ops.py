@@ -38,15 +38,17 @@ def few(op: Op, name: str) -> list[Sample]:
 def _runs() -> Iterator[Any]:
     """(op, backend, device) for every backend; the CPU runs Triton in the interpreter."""
     for op in OPS:
-        for device, name in [("cpu", b.name) for b in op.all_backends() if b.library in ("native", "triton")] + [
-            ("cuda", b.name) for b in op.cuda
-        ]:
+        for device, name in [
+            ("cpu", b.name) for b in op.all_backends() if b.library in ("native", "triton", "cuda")
+        ] + [("cuda", b.name) for b in op.cuda]:
             marks = [pytest.mark.gpu] if device == "cuda" else []
             yield pytest.param(op, name, device, id=f"{op.name}-{name}-{device}", marks=marks)
 
 
 RUNS = list(_runs())
 CPU_RUNS = [r for r in RUNS if r.values[2] == "cpu"]
+GRAD_RUNS = [r for r in RUNS if r.values[0].differentiable]
+GRAD_OPS = [op for op in OPS if op.differentiable]
 
 
 def need(op: Op, name: str, device: str) -> Backend:
@@ -68,38 +70,74 @@ def make(op: Op, sample: Sample, dtype: torch.dtype, device: str = "cpu", salt: 
 
 
 def leaves(op: Op, args: dict[str, Any], dtype: torch.dtype | None = None) -> dict[str, Any]:
-    """Fresh leaves that require gradients, in `dtype` or (None) as they are."""
+    """Fresh leaves that require gradients, in `dtype` or (None) as they are; masks and indices stay what they are."""
     out = {}
     for name, value in args.items():
         if isinstance(value, Tensor):
-            value = value.detach().to(dtype or value.dtype).clone().requires_grad_()
+            wanted = value.dtype if dtype is None or not takes(op, name, value, dtype) else dtype
+            value = value.detach().to(wanted).clone()
+            value.requires_grad_(op.differentiable and value.is_floating_point())
         out[name] = value
     return out
+
+
+def takes(op: Op, name: str, value: Tensor, dtype: torch.dtype) -> bool:
+    """Whether this floating-point argument may be given in `dtype`."""
+    return value.is_floating_point() and dtype in op.own_dtypes.get(name, (dtype,))
 
 
 def tensors(args: dict[str, Any]) -> dict[str, Tensor]:
     return {k: v for k, v in args.items() if isinstance(v, Tensor)}
 
 
-def value_and_grads(fn: Callable[..., Tensor], args: dict[str, Any], rounded_to: torch.dtype) -> dict[str, Tensor]:
-    """The output and the gradient of every tensor, for one cotangent that is exact in `rounded_to`."""
-    out = fn(**args)
+def ruled(op: Op, args: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors that the op's dtype rule decides on."""
+    return {k: v for k, v in tensors(args).items() if k not in op.own_dtypes and k not in op.fp32}
+
+
+def outputs_of(out: Any) -> tuple[Tensor, ...]:
+    return out if isinstance(out, tuple) else (out,)
+
+
+def twice(out: Any) -> Any:
+    doubled = tuple(o * 2 if o.is_floating_point() and o.itemsize > 1 else o for o in outputs_of(out))
+    return doubled if isinstance(out, tuple) else doubled[0]
+
+
+def value_and_grads(fn: Callable[..., Any], args: dict[str, Any], rounded_to: torch.dtype) -> dict[str, Tensor]:
+    """The outputs and the gradient of every tensor that has one, for cotangents that are exact in `rounded_to`."""
+    out = outputs_of(fn(**args))
     generator = torch.Generator().manual_seed(7)
-    cotangent = torch.randn(out.shape, generator=generator).to(rounded_to).to(out)
-    given = tensors(args)
-    grads = torch.autograd.grad(out, list(given.values()), cotangent)
-    return {"value": out.detach()} | {f"d_{k}": g for k, g in zip(given, grads)}
+    values = {f"value{i or ''}": o.detach() for i, o in enumerate(out)}
+    moving = [o for o in out if o.requires_grad]
+    if not moving:
+        return values
+    cotangents = [torch.randn(o.shape, generator=generator).to(rounded_to).to(o) for o in moving]
+    given = {k: v for k, v in tensors(args).items() if v.requires_grad}
+    grads = torch.autograd.grad(moving, list(given.values()), cotangents)
+    return values | {f"d_{k}": g for k, g in zip(given, grads)}
 
 
 def err(x: Tensor, exact: Tensor) -> float:
-    return (x.double().cpu() - exact.cpu()).abs().max().item() if x.numel() else 0.0
+    return (x.double().cpu() - exact.double().cpu()).abs().max().item() if x.numel() else 0.0
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Equal; by their bits where the type (float8) has no comparison."""
+    if a.is_floating_point() and a.itemsize == 1:
+        a, b = a.view(torch.uint8), b.view(torch.uint8)
+    return torch.equal(a, b)
 
 
 def assert_rule(got: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
+    assert got.keys() == plain.keys() == exact.keys()
     for name, reference in exact.items():
         assert got[name].shape == reference.shape, name
         assert got[name].dtype == plain[name].dtype, name
-        ulp = torch.finfo(got[name].dtype).eps * (reference.abs().max().item() if reference.numel() else 0.0)
+        if not reference.is_floating_point():
+            assert torch.equal(got[name].cpu(), reference.cpu()), name
+            continue
+        ulp = torch.finfo(got[name].dtype).eps * (reference.double().abs().max().item() if reference.numel() else 0.0)
         allowed = 2 * err(plain[name], reference) + 2 * ulp
         assert err(got[name], reference) <= allowed, f"{name}: {err(got[name], reference):.3e} > {allowed:.3e}"
 
@@ -133,15 +171,20 @@ def test_buffers_are_filled_and_not_overrun_in_any_program_order(op: Op, name: s
         with red_zones(), shuffled_programs(seed) if name == "triton" else contextlib.nullcontext():
             guarded = launch(op, found, bound)
         for a, b in zip(plain, guarded):
-            assert torch.equal(a, b), sample.label
+            assert same(a, b), sample.label
 
 
 def launch(op: Op, found: Backend, bound: tuple[Any, ...]) -> list[Tensor]:
     """A backend's launchers, forward and backward, called directly."""
+    results = list(found.forward(*bound))
+    out, saved = results[: op.outputs], results[op.outputs :]
+    if found.backward is None:
+        return out
     needs = op.asked(bound)
-    out, *saved = found.forward(*bound)
-    grads = found.backward(torch.ones_like(out), [out, *saved] if op.keep_output else saved, bound, needs)
-    return [out, *[g for g, n in zip(grads, needs) if n and g is not None]]
+    ones = tuple(torch.ones_like(o) for o in out[: op.outputs - op.detached])
+    kept = results if op.keep_output else saved
+    grads = found.backward(ones if op.outputs > 1 else ones[0], kept, bound, needs)
+    return [*out, *[g for g, n in zip(grads, needs) if n and g is not None]]
 
 
 @pytest.mark.parametrize(("op", "name", "device"), RUNS)
@@ -150,20 +193,24 @@ def test_odd_strides_change_nothing(op: Op, name: str, device: str) -> None:
     for sample in few(op, name):
         args = make(op, sample, torch.float32, device)
         odd = {
-            k: torch.stack((v, -v), -1)[..., 0] if isinstance(v, Tensor) else v for k, v in args.items()
+            k: torch.stack((v, torch.zeros_like(v)), -1)[..., 0] if isinstance(v, Tensor) else v
+            for k, v in args.items()
         }  # every stride doubled
         with backend(name):
-            a, b = (value_and_grads(op, leaves_of(x), torch.float32) for x in (args, odd))
+            a, b = (value_and_grads(op, leaves_of(op, x), torch.float32) for x in (args, odd))
         for key in a:
-            assert torch.equal(a[key], b[key]), f"{sample.label}: {key}"
+            assert same(a[key], b[key]), f"{sample.label}: {key}"
 
 
-def leaves_of(args: dict[str, Any]) -> dict[str, Any]:
+def leaves_of(op: Op, args: dict[str, Any]) -> dict[str, Any]:
     """Leaves that keep their strides."""
-    return {k: v.detach().requires_grad_() if isinstance(v, Tensor) else v for k, v in args.items()}
+    return {
+        k: v.detach().requires_grad_(op.differentiable and v.is_floating_point()) if isinstance(v, Tensor) else v
+        for k, v in args.items()
+    }
 
 
-@pytest.mark.parametrize(("op", "name", "device"), RUNS)
+@pytest.mark.parametrize(("op", "name", "device"), GRAD_RUNS)
 def test_any_subset_of_gradients(op: Op, name: str, device: str) -> None:
     """Each tensor alone gets the gradient it gets together with the others."""
     need(op, name, device)
@@ -171,14 +218,33 @@ def test_any_subset_of_gradients(op: Op, name: str, device: str) -> None:
     args = make(op, sample, torch.float32, device)
     with backend(name):
         together = value_and_grads(op, leaves(op, args), torch.float32)
-        for wanted in tensors(args):
+        for wanted in [k for k, v in tensors(args).items() if v.is_floating_point()]:
             alone = leaves(op, args)
             for key, value in tensors(alone).items():
                 value.requires_grad_(key == wanted)
-            out = op(**alone)
-            cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(7)).to(out)
-            (grad,) = torch.autograd.grad(out, [alone[wanted]], cotangent)
+            grad = value_and_grads(op, alone, torch.float32)[f"d_{wanted}"]
             torch.testing.assert_close(grad, together[f"d_{wanted}"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("op", "name", "device"), [r for r in GRAD_RUNS if r.values[0].outputs > 1])
+def test_each_output_has_its_own_gradient(op: Op, name: str, device: str) -> None:
+    """An output that nobody differentiates counts as a gradient of zeros."""
+    need(op, name, device)
+    args = make(op, small(op)[0], torch.float32, device)
+    exact, got = leaves(op, args, torch.float64), leaves(op, args)
+    with backend(name):
+        out = op(**got)
+    reference = op.ref(**exact)
+    assert [o.requires_grad for o in out] == [o.requires_grad for o in reference]
+    for mine, theirs in zip(out, reference):
+        if mine.requires_grad:
+            wanted = [k for k, v in tensors(exact).items() if v.requires_grad]
+            grads = torch.autograd.grad(mine.sum(), [got[k] for k in wanted], retain_graph=True)
+            right = torch.autograd.grad(theirs.sum(), [exact[k] for k in wanted], retain_graph=True, allow_unused=True)
+            for grad, correct in zip(grads, right):
+                torch.testing.assert_close(
+                    grad.double(), torch.zeros_like(grad).double() if correct is None else correct, rtol=1e-3, atol=1e-3
+                )
 
 
 @pytest.mark.parametrize(("op", "name", "device"), RUNS)
@@ -198,13 +264,14 @@ def test_torch_compile_fullgraph(op: Op, name: str, device: str) -> None:
         args = make(op, sample, torch.float32, device)
         # inductor once per op: it shows that the op lives in a generated graph; tracing is the same for all samples
         compiled = torch.compile(
-            lambda **kw: op(**kw) * 2, fullgraph=True, backend="inductor" if i == 0 else "aot_eager"
+            lambda **kw: twice(op(**kw)), fullgraph=True, backend="inductor" if i == 0 else "aot_eager"
         )
         with backend(name):
-            eager = value_and_grads(lambda **kw: op(**kw) * 2, leaves(op, args), torch.float32)
+            eager = value_and_grads(lambda **kw: twice(op(**kw)), leaves(op, args), torch.float32)
             traced = value_and_grads(compiled, leaves(op, args), torch.float32)
         for key in eager:
-            torch.testing.assert_close(traced[key], eager[key], rtol=1e-6, atol=1e-6, msg=f"{sample.label}: {key}")
+            a, b = (t[key].float() if t[key].is_floating_point() else t[key] for t in (traced, eager))
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6, msg=f"{sample.label}: {key}")
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda o: o.name)
@@ -213,52 +280,54 @@ def test_autocast_rule(op: Op) -> None:
     for sample in small(op):
         args = make(op, sample, torch.float32)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            under = op(**args)
-        if op.autocast == "lower":
-            lowered = {k: v.bfloat16() if isinstance(v, Tensor) and k not in op.fp32 else v for k, v in args.items()}
-            assert under.dtype == torch.bfloat16
-            assert torch.equal(under, op(**lowered))
-        else:
-            assert under.dtype == torch.float32
-            assert torch.equal(under, op(**args))
+            under = outputs_of(op(**args))
+        lower = {k: v.bfloat16() for k, v in ruled(op, args).items()} if op.autocast == "lower" else {}
+        for a, b in zip(under, outputs_of(op(**(args | lower)))):
+            assert a.dtype == b.dtype
+            assert same(a, b)
+        if lower:
+            assert under[0].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("op", [o for o in OPS if o.autocast == "promote"], ids=lambda o: o.name)
 def test_mixed_dtypes_promote_as_in_torch(op: Op) -> None:
     for sample in small(op):
         args = make(op, sample, torch.float32)
-        first = next(iter(tensors(args)))
+        if not ruled(op, args):
+            continue
+        first, *rest = ruled(op, args)
         mixed = args | {first: args[first].bfloat16()}
-        rest = [k for k in tensors(args) if k != first and k not in op.fp32]
-        out = op(**mixed)
-        assert out.dtype == (torch.float32 if rest else torch.bfloat16)
-        torch.testing.assert_close(out.double(), op(**args).double(), rtol=0.05, atol=0.05)
+        for out, wide in zip(outputs_of(op(**mixed)), outputs_of(op(**args))):
+            assert out.dtype == (torch.bfloat16 if not rest and wide.dtype == torch.float32 else wide.dtype)
+            torch.testing.assert_close(out.double(), wide.double(), rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize("op", OPS, ids=lambda o: o.name)
+@pytest.mark.parametrize("op", GRAD_OPS, ids=lambda o: o.name)
 def test_double_backward_is_refused_in_words(op: Op) -> None:
     args = leaves(op, make(op, small(op)[0], torch.float32))
     chosen = op.choose(op._coerce(op.bind((), args)))
     if chosen == "reference":
         pytest.skip("no kernels here: plain torch differentiates twice")
-    last = list(tensors(args).values())[-1]
-    (grad,) = torch.autograd.grad(op(**args).square().sum(), last, create_graph=True)
+    last = [v for v in tensors(args).values() if v.requires_grad][-1]
+    (grad,) = torch.autograd.grad(outputs_of(op(**args))[0].square().sum(), last, create_graph=True)
     with pytest.raises(RuntimeError, match=rf"{op.name} has no second derivatives .*backend\('reference'\)"):
         torch.autograd.grad(grad.square().sum(), last)
 
 
-@pytest.mark.parametrize("op", [o for o in OPS if o.name != "rope_attention"], ids=lambda o: o.name)
+@pytest.mark.parametrize("op", [o for o in GRAD_OPS if o.name != "rope_attention"], ids=lambda o: o.name)
 def test_forward_mode_and_torch_func_use_the_reference(op: Op) -> None:
     """Custom ops would return zero tangents without a word. (torch's own attention has no forward mode: it raises.)"""
     args = make(op, small(op)[0], torch.float32)
-    first = op.names[0]
+    first = next(k for k, v in tensors(args).items() if v.is_floating_point())
 
     def of_first(x: Tensor) -> Tensor:
-        return op(**(args | {first: x}))
+        return outputs_of(op(**(args | {first: x})))[0]
 
     x = args[first]
     _, tangent = torch.func.jvp(of_first, (x,), (torch.ones_like(x).cos() * x,))
-    _, exact = torch.func.jvp(lambda v: op.ref(**(args | {first: v})), (x,), (torch.ones_like(x).cos() * x,))
+    _, exact = torch.func.jvp(
+        lambda v: outputs_of(op.ref(**(args | {first: v})))[0], (x,), (torch.ones_like(x).cos() * x,)
+    )
     torch.testing.assert_close(tangent, exact)
     grad = torch.func.grad(lambda v: of_first(v).square().sum())(x)
     leaf = x.clone().requires_grad_()
@@ -276,7 +345,9 @@ def test_ops_are_copied_and_pickled_as_themselves(op: Op) -> None:
 def test_meta_tensors_give_shapes(op: Op) -> None:
     args = make(op, small(op)[0], torch.float32)
     meta = {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in args.items()}
-    assert op(**meta).shape == op(**args).shape
+    for shape, value in zip(outputs_of(op(**meta)), outputs_of(op(**args)), strict=True):
+        assert shape.shape == value.shape
+        assert shape.dtype == value.dtype
 
 
 def test_leaving_contexts_in_another_order_leaves_nothing_forced() -> None:
@@ -303,14 +374,18 @@ def test_a_symbolic_batch_is_not_tied_to_the_width() -> None:
 
 @pytest.mark.parametrize("op", OPS, ids=lambda o: o.name)
 def test_empty_batch_uses_the_reference_and_keeps_shapes(op: Op) -> None:
+    """Every tensor whose first dimension is the first tensor's belongs to the batch."""
     args = make(op, small(op)[0], torch.float32)
-    batch = next(iter(tensors(args).values())).shape[0]
+    first = next(iter(tensors(args).values()))
+    if first.ndim == 1:
+        pytest.skip("no batch dimension")
     empty = {
-        k: v[:0] if isinstance(v, Tensor) and k not in op.fp32 and v.ndim > 1 and v.shape[0] == batch else v
+        k: v[:0] if isinstance(v, Tensor) and k not in op.fp32 and v.shape[:1] == first.shape[:1] else v
         for k, v in args.items()
     }
-    out = op(**empty)
-    assert out.shape == (0, *op(**args).shape[1:])
+    for out, full in zip(outputs_of(op(**empty)), outputs_of(op(**args))):
+        batched = full.shape[:1] == first.shape[:1]
+        assert out.shape == ((0, *full.shape[1:]) if batched else full.shape)
 
 
 def test_strict_mode_raises_instead_of_falling_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -391,8 +466,7 @@ def test_records_are_complete(op: Op) -> None:
     for sample in small(op):
         args = make(op, sample, torch.float32)
         cost = op.cost(**args)
-        out = op(**args)
-        assert cost.flops > 0
+        assert cost.flops >= 0
         assert cost.launches >= 1
-        assert cost.bytes >= out.numel() * out.element_size() + tensors(args)[op.names[0]].numel()
+        assert cost.bytes >= sum(o.nbytes for o in outputs_of(op(**args))) + tensors(args)[op.names[0]].numel()
     assert [name for name, _ in op.backends("cpu")][-1] == "reference"
