@@ -8,7 +8,9 @@
 // Errors become Python ValueError / TypeError naming the argument, what was expected and what came.
 #pragma once
 
+#ifdef _OPENMP
 #include <omp.h>
+#endif
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/function.h>
 #include <tvm/ffi/optional.h>

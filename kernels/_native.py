@@ -4,7 +4,7 @@
 the cure. Nothing is loaded on import.
 
 Every function of the library writes into the tensors it is given and returns nothing. Tensors are contiguous, on the
-CPU (gate_residual_fwd: or on one GPU), float32, bfloat16 or float16 unless said; sums run in float32, and results do
+CPU, float32, bfloat16 or float16 unless said; sums run in float32, and results do
 not depend on the number of threads. ``T | None`` may be None.
 
     rope_rotate(qkv, rope|None, q_weight|None, q_bias|None, k_weight|None, k_bias|None, q_out, k_out,

@@ -112,9 +112,6 @@ void gate_residual_bwd(const GateArgs& a) {
 
 #ifdef MF_HOST
 #include "common.h"
-#ifdef MF_CUDA
-#include "cuda/gate_residual.h"
-#endif
 
 MF_DECLARE(gate_residual_fwd, GateArgs)
 MF_DECLARE(gate_residual_bwd, GateArgs)
@@ -135,30 +132,16 @@ void check_gate(const TensorView& gate, const char* name, int64_t kind, const Te
 void fwd(TensorView x, TensorView gate, TensorView branch, TensorView y, int64_t gate_kind) {
   check_ndim(x, "x", 3, "(B, N, D)");
   const int64_t B = x.size(0), N = x.size(1), D = x.size(2);
-  const DType type = dtype_of(x, "x");
+  const DType type = check_dense(x, "x");
   check_gate(gate, "gate", gate_kind, x, type);
+  check_dense(gate, "gate");
   check_shape(branch, "branch", {B, N, D});
-  check_shape(y, "y", {B, N, D});
+  check_dense(branch, "branch");
   check_dtype(branch, "branch", type, " like x");
+  check_shape(y, "y", {B, N, D});
+  check_dense(y, "y");
   check_dtype(y, "y", type, " like x");
-  const bool gpu = x.device().device_type == kDLCUDA;
-  const char* names[] = {"x", "gate", "branch", "y"};
-  const TensorView* all[] = {&x, &gate, &branch, &y};
-  for (int i = 0; i < 4; ++i) {
-    check_contiguous(*all[i], names[i]);
-    if (!gpu) check_cpu(*all[i], names[i]);
-    else if (all[i]->device().device_type != kDLCUDA || all[i]->device().device_id != x.device().device_id)
-      TVM_FFI_THROW(ValueError) << names[i] << " must be on x's device, cuda:" << x.device().device_id;
-  }
   if (x.numel() == 0) return;
-  if (gpu) {
-#ifdef MF_CUDA
-    gate_residual_cuda(x, gate, branch, y, static_cast<int>(gate_kind), type, dtype_of(gate, "gate"));
-    return;
-#else
-    TVM_FFI_THROW(RuntimeError) << "x is on a GPU, and this library was built without CUDA; install nvcc and reinstall";
-#endif
-  }
   Scratch rows(omp_get_max_threads() * D);
   GateArgs a{data(x), data(branch), nullptr, data(y), {data(gate), dtype_of(gate, "gate")}, {nullptr, type},
              type, B, N, D, static_cast<int>(gate_kind), rows.get(), nullptr};
