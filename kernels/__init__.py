@@ -15,6 +15,7 @@ if __name__ != "maetok_fast.kernels":
 
 from ._op import Backend, BackendError, Cost, Op, Sample, backend, forced_backend, ops
 from .adaln import adaln, adaln_ref, gate_residual, gate_residual_ref
+from .ema import ema_update, ema_update_ref
 from .rope_attention import rope_attention, rope_attention_ref, rope_table
 
 __all__ = [
@@ -26,6 +27,8 @@ __all__ = [
     "adaln",
     "adaln_ref",
     "backend",
+    "ema_update",
+    "ema_update_ref",
     "forced_backend",
     "gate_residual",
     "gate_residual_ref",

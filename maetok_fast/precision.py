@@ -13,11 +13,13 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
 
-__all__ = ["Precision", "resolve"]
+__all__ = ["MasterWeights", "Precision", "resolve"]
 
 FP8_CAPABILITY = (8, 9)  # Ada and Hopper are the first with float8 tensor cores
 
@@ -78,3 +80,36 @@ def why_no_fp8(device: torch.device) -> str | None:
     if have < FP8_CAPABILITY:
         return f"it needs compute capability 8.9 or newer, this GPU has {have[0]}.{have[1]}"
     return None
+
+
+class MasterWeights:
+    """fp32 copies of a low-precision model's parameters, for the optimizer: an update of 1e-4 of a weight is lost in
+    bf16, whose steps are 2^-8 of it.
+
+        masters = MasterWeights(model.parameters())
+        optimizer = torch.optim.AdamW(masters.parameters, fused=True)
+        loss.backward()
+        masters.collect()                                            # gradients, in fp32
+        optimizer.step()
+        ema_update(ema, masters.parameters, decay, masters.model)    # the average, and the weights back to the model
+        optimizer.zero_grad()
+
+    model: the parameters as given. parameters: the fp32 ones (`nn.Parameter`), at equal places. Save the masters, not
+    the model: the model is their rounding. Without an average `publish()` hands the weights back.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self.model: list[Tensor] = list(parameters)
+        self.parameters = [nn.Parameter(p.detach().to(torch.float32, copy=True)) for p in self.model]
+
+    @torch.no_grad()
+    def collect(self) -> None:
+        """Moves the model's gradients to the masters, as fp32; parameters without one leave the masters' at None."""
+        for model, master in zip(self.model, self.parameters):
+            master.grad = None if model.grad is None else model.grad.to(torch.float32)
+            model.grad = None
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Rounds the masters into the model."""
+        torch._foreach_copy_(self.model, self.parameters)
