@@ -32,17 +32,26 @@ not depend on the number of threads. ``T | None`` may be None.
     cpu_variant() -> "x86-64-v2" | "avx2" | "avx512" | "generic"
     cuda_archs() -> "8.0 9.0 ...", "" when built without nvcc
     cuda_status() -> "" when the CUDA kernels can run on this machine, else why not (only when built with nvcc)
+
+`cuda()` is the module with the CUDA C++ functions, which take GPU tensors: this library, or, with the environment's
+MAETOK_FAST_CUDA_EMULATOR naming one, a build of csrc/cuda for the CPU, which takes CPU tensors (the tests do that).
+
+    gate_residual_fwd_cuda(x, gate, branch, y, gate_kind): as gate_residual_fwd
+    emulator_seed(seed): the order in which emulated threads run; 0: the kind one (emulation only)
 """
 
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 from typing import Any
 
 _HERE = Path(__file__).resolve().parent
 _LIBRARY = _HERE / "_csrc.so"
 _REASON = _HERE / "_csrc.missing.txt"
+# A library of csrc/cuda compiled for the CPU (tests/emulate.py): the CUDA functions then take CPU tensors.
+EMULATOR = os.environ.get("MAETOK_FAST_CUDA_EMULATOR", "")
 _CURE = "install a C++ compiler (Debian: apt-get install g++) and run `pip install -e .` (or `pip install .`) again"
 
 
@@ -77,16 +86,33 @@ def lib() -> Any:
 
 
 @functools.cache
-def why_no_cuda(device: str) -> str | None:
-    """Why the CUDA C++ kernels cannot run on tensors of this device type ("cuda", "cpu"), or None."""
+def _load_cuda() -> tuple[Any, str | None]:
+    """(the module with the CUDA functions, None) or (None, why not)."""
+    if EMULATOR:
+        import tvm_ffi
+
+        try:
+            return tvm_ffi.load_module(EMULATOR), None
+        except Exception as error:
+            return None, f"the emulated CUDA kernels {EMULATOR} do not load: {error}"
     reason = why_missing()
-    if reason is None and device != "cuda":
-        reason = f"the CUDA kernels run on CUDA tensors, these are on {device}"
     if reason is None and not lib().cuda_archs():
         reason = "the native library was built without nvcc"
-    return lib().cuda_status() or None if reason is None else reason
+    return (None, reason) if reason is not None else (lib(), lib().cuda_status() or None)
+
+
+def why_no_cuda(device: str) -> str | None:
+    """Why the CUDA C++ kernels cannot run on tensors of this device type ("cuda", "cpu"), or None."""
+    if EMULATOR and device != "cpu":
+        return "MAETOK_FAST_CUDA_EMULATOR runs the CUDA kernels on CPU tensors"
+    if not EMULATOR and device != "cuda":
+        return f"the CUDA kernels run on CUDA tensors, these are on {device}"
+    return _load_cuda()[1]
 
 
 def cuda() -> Any:
     """The module with the `<fn>_cuda` functions; RuntimeError with the reason if there is none."""
-    return lib()
+    module, reason = _load_cuda()
+    if module is None:
+        raise RuntimeError(f"{reason}")
+    return module

@@ -1,12 +1,15 @@
 # Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
-"""Without a CUDA device Triton kernels run in its interpreter (decided before anything imports triton), and tests
-marked `gpu` are skipped; with one they run on the device."""
+"""Without a CUDA device Triton kernels run in its interpreter and CUDA C++ kernels in an emulation (tests/emulate.py;
+both decided before anything imports maetok_fast), and tests marked `gpu` are skipped; with one they run on the device."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 from collections.abc import Iterator
+
+import emulate
 
 
 def _has_gpu() -> bool:
@@ -23,6 +26,9 @@ def _has_gpu() -> bool:
 GPU = _has_gpu()
 if not GPU and importlib.util.find_spec("triton") is not None:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+if not GPU and emulate.why_not() is None:
+    with contextlib.suppress(emulate.CannotBuild):  # tests/test_cuda_emulator.py shows what the compiler says
+        os.environ.setdefault(emulate.VARIABLE, str(emulate.build()))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

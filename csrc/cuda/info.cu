@@ -4,7 +4,7 @@
 namespace mf {
 namespace {
 
-__global__ void probe_kernel() {}
+[[maybe_unused]] __global__ void probe_kernel() {}
 
 // "" when the kernels of this library can run on the current device, else why not.
 tvm::ffi::String cuda_status() {
