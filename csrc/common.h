@@ -32,19 +32,20 @@ using MaybeTensor = Optional<TensorView>;
 
 // ---- instruction set, chosen once per process ------------------------------------------------------------------
 
-enum class Variant { generic, v2, avx2, avx512, none };
+enum class Variant { generic, v2, avx2, avx512, avx512bf16, none };
 
 inline const char* variant_name(Variant v) {
   switch (v) {
     case Variant::v2: return "x86-64-v2";
     case Variant::avx2: return "avx2";
     case Variant::avx512: return "avx512";
+    case Variant::avx512bf16: return "avx512bf16";
     case Variant::generic: return "generic";
     default: return "none";
   }
 }
 
-// MAETOK_FAST_CPU=x86-64-v2|avx2|avx512 lowers the choice (to test a variant or to rule one out); it never raises it.
+// MAETOK_FAST_CPU=x86-64-v2|avx2|avx512|avx512bf16 lowers the choice (to test a variant or to rule one out); it never raises it.
 inline Variant variant() {
   static const Variant chosen = [] {
 #ifdef MF_X86
@@ -58,9 +59,10 @@ inline Variant variant() {
     if (best == Variant::avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
       best = Variant::avx512;
+    if (best == Variant::avx512 && __builtin_cpu_supports("avx512bf16")) best = Variant::avx512bf16;
     const char* asked = std::getenv("MAETOK_FAST_CPU");
     if (asked != nullptr)
-      for (Variant v : {Variant::v2, Variant::avx2, Variant::avx512})
+      for (Variant v : {Variant::v2, Variant::avx2, Variant::avx512, Variant::avx512bf16})
         if (std::string(asked) == variant_name(v) && v < best) best = v;
     return best;
 #else
@@ -75,9 +77,11 @@ inline Variant variant() {
 #define MF_DECLARE(FN, ARGS)                     \
   namespace mf::v2 { void FN(const ARGS&); }     \
   namespace mf::avx2 { void FN(const ARGS&); }   \
-  namespace mf::avx512 { void FN(const ARGS&); }
+  namespace mf::avx512 { void FN(const ARGS&); } \
+  namespace mf::avx512bf16 { void FN(const ARGS&); }
 #define MF_CALL(FN, args)                                                                             \
   switch (::mf::variant()) {                                                                          \
+    case ::mf::Variant::avx512bf16: ::mf::avx512bf16::FN(args); break;                                \
     case ::mf::Variant::avx512: ::mf::avx512::FN(args); break;                                        \
     case ::mf::Variant::avx2: ::mf::avx2::FN(args); break;                                            \
     case ::mf::Variant::v2: ::mf::v2::FN(args); break;                                                \

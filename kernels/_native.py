@@ -29,7 +29,7 @@ not depend on the number of threads. ``T | None`` may be None.
     ema_update(table, weight, ema_type, param_type, cast_type)
         ema += weight * (param - ema), cast = param; table (n, 4) int64: their addresses (cast: 0 for none) and the
         number of elements; types 0 float32, 1 bfloat16, 2 float16, cast_type -1 for none
-    cpu_variant() -> "x86-64-v2" | "avx2" | "avx512" | "generic"
+    cpu_variant() -> "x86-64-v2" | "avx2" | "avx512" | "avx512bf16" | "generic"
     cuda_archs() -> "8.0 9.0 ...", "" when built without nvcc
     cuda_status() -> "" when the CUDA kernels can run on this machine, else why not (only when built with nvcc)
 

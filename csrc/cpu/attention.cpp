@@ -254,7 +254,7 @@ namespace {
 
 bool usable() {
 #ifdef MF_X86
-  static const bool answer = mf::variant() == mf::Variant::avx512 && mf::avx512::amx();
+  static const bool answer = mf::variant() >= mf::Variant::avx512 && mf::avx512::amx();
   return answer;
 #else
   return false;

@@ -1,7 +1,7 @@
 // fp32 vectors of the width that this translation unit is compiled for, and loads and stores of fp32, bf16 and fp16
 // through them. bf16 and fp16 stores round to nearest even.
 //
-//     avx512 (x86-64-v4): 16 lanes    avx2 (x86-64-v3, with F16C): 8    x86-64-v2, NEON, anything else: 4
+//     avx512, avx512bf16 (x86-64-v4): 16 lanes    avx2 (x86-64-v3, with F16C): 8    x86-64-v2, NEON, anything else: 4
 //
 // Everything is in namespace mf::MF_VARIANT and inlined, so that no code of one instruction set can be linked into another.
 #pragma once
@@ -43,7 +43,15 @@ MF_INLINE vu splat_u(uint32_t a) { return a - (vu){}; }
 
 // ---- conversions ---------------------------------------------------------------------------------------------------
 
-MF_INLINE vu widen(vh h) { return __builtin_convertvector(h, vu); }
+MF_INLINE vu widen(vh h) {
+#if defined(MF_AVX512)
+  return (vu)_mm512_cvtepu16_epi32((__m256i)h);  // gcc 12 makes five shuffles of the general form
+#elif defined(MF_AVX2)
+  return (vu)_mm256_cvtepu16_epi32((__m128i)h);
+#else
+  return __builtin_convertvector(h, vu);
+#endif
+}
 MF_INLINE vh narrow(vu u) {
 #if defined(MF_AVX512)
   return (vh)_mm512_cvtepi32_epi16((__m512i)u);
@@ -58,9 +66,13 @@ MF_INLINE vh narrow(vu u) {
 MF_INLINE vf to_float(vh h, bf16) { return (vf)(widen(h) << 16); }
 
 MF_INLINE vh from_float(vf v, bf16) {
+#if defined(__AVX512BF16__)
+  return (vh)_mm512_cvtneps_pbh((__m512)v);  // as below, but subnormals (below 2^-126) become zero
+#else
   vu u = (vu)v;
   vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   return narrow(v == v ? rounded : splat_u(0x7fc0u));  // a NaN may not round up to infinity
+#endif
 }
 
 MF_INLINE vf to_float(vh h, f16) {
@@ -123,6 +135,21 @@ template <class T> MF_INLINE void store(T* p, vf v, Part k) {
   for (int i = 0; i < k.n; ++i) p[i] = lanes[i];
 }
 #endif
+
+// What a value of type T is after a store and a load, and a store that returns it.
+MF_INLINE vf rounded(vf v, float) { return v; }
+template <class H> MF_INLINE vf rounded(vf v, H) { return to_float(from_float(v, H{}), H{}); }
+MF_INLINE vf store_rounded(float* p, vf v, Full k) { store(p, v, k); return v; }
+MF_INLINE vf store_rounded(float* p, vf v, Part k) { store(p, v, k); return v; }
+template <class H> MF_INLINE vf store_rounded(H* p, vf v, Full) {
+  vh h = from_float(v, H{});
+  memcpy(p, &h, sizeof h);
+  return to_float(h, H{});
+}
+template <class H> MF_INLINE vf store_rounded(H* p, vf v, Part k) {
+  store(p, v, k);
+  return load(p, k);
+}
 
 // f(i, Full{}) for every whole vector of n elements, then f(i, Part{rest}).
 template <class F> MF_INLINE void each(int64_t n, F f) {
