@@ -7,12 +7,13 @@ Every function of the library writes into the tensors it is given and returns no
 CPU, float32, bfloat16 or float16 unless said; sums run in float32, and results do
 not depend on the number of threads. ``T | None`` may be None.
 
-    rope_rotate(qkv, rope|None, q_weight|None, q_bias|None, k_weight|None, k_bias|None, q_out, k_out,
+    rope_rotate(qkv, rope|None, q_weight|None, q_bias|None, k_weight|None, k_bias|None, index|None, q_out, k_out,
                 prefix, first_query, norm, eps)
-    rope_rotate_bwd(qkv, rope|None, q_weight|None, q_bias|None, k_weight|None, k_bias|None, dq, dk, dv,
+    rope_rotate_bwd(qkv, rope|None, q_weight|None, q_bias|None, k_weight|None, k_bias|None, index|None, dq, dk, dv,
                     dqkv, drope|None, dweights|None, prefix, first_query, norm, eps)
-        qkv, dqkv (B, N, 3, H, hd), hd even and <= 512; rope, drope (2, H or 1, M, hd/2) fp32; weights (hd,) fp32;
-        q_out, dq (B, Nq, H, hd); k_out, dk, dv (B, N, H, hd); dq, dk, dv: any strides, last dimension contiguous;
+        qkv, dqkv (B, N, 3, H, hd), hd even and <= 512; rope, drope (2, H or 1, R, hd/2) fp32; weights (hd,) fp32;
+        index (B, M) int64 in [0, R): the table row of token prefix + m, None: row m; q_out, dq (B, Nq, H, hd);
+        k_out, dk, dv (B, N, H, hd); dq, dk, dv: any strides, last dimension contiguous, may be views of dqkv;
         dweights (4, hd) fp32: dq_weight, dq_bias, dk_weight, dk_bias; norm 0 none, 1 rms, 2 layer
     adaln_fwd(x, shift|None, scale|None, weight|None, bias|None, y, mean_rstd, eps, offset, per_sample)
     adaln_bwd(dy, x, scale|None, weight|None, bias|None, mean_rstd, dx, dshift|None, dscale|None,
@@ -24,7 +25,9 @@ not depend on the number of threads. ``T | None`` may be None.
     gate_residual_bwd(dy, gate, branch, dbranch, dgate, gate_kind)
         gate_kind 0: (D,), 1: (B, D), 2: (B, N, D); for 2 gate and dgate have x's dtype, else any of the three
     attention_bf16(q, k, v, out, lse): AMX attention, where attention_bf16_usable() is 1
-        q, out (B, Nq, H, hd), k, v (B, N, H, hd) bfloat16, heads and channels contiguous; lse (B, Nq, H) fp32
+    attention_bf16_bwd(q, k, v, out, dout, lse, dq, dk, dv)
+        q, dq, out, dout (B, Nq, H, hd), k, v, dk, dv (B, N, H, hd) bfloat16, heads and channels contiguous, out and
+        dout dense; lse (B, Nq, H) fp32
     activation_bf16(x, kind): in place; kind 0 tanh-GELU, 1 SiLU
     ema_update(table, weight, ema_type, param_type, cast_type)
         ema += weight * (param - ema), cast = param; table (n, 4) int64: their addresses (cast: 0 for none) and the

@@ -15,8 +15,8 @@ first_query/num_queries prune the queries (a last block needs only the latent or
 
 Triton: q and k are rotated in registers as they are loaded, so neither is written rotated; unrotated rows load no
 table. head_dim 72 runs as 64 + 16 columns (`_tiles.head_split`). With q/k norm a row kernel writes the normalised,
-rotated q and k once, and the attention kernels take them as they are. CPU: native normalise + rotate, then torch's
-flash attention or, where that is slow, the native AMX one (`_amx_wins`); torch's flash backward.
+rotated q and k once, and the attention kernels take them as they are. CPU: native normalise + rotate, then in bf16 the native AMX attention, forward
+and backward, else torch's flash attention.
 """
 
 from __future__ import annotations
@@ -138,40 +138,38 @@ def rope_attention_ref(
 
 
 def _native_prepare(args: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """q (B, heads, Nq, head_dim), k, v (B, heads, N, head_dim), as strided views."""
+    """q (B, Nq, heads, head_dim), k and v (B, N, heads, head_dim), each with contiguous heads; v is a view of qkv."""
     qkv, rope, q_weight, q_bias, k_weight, k_bias, prefix, qk_norm, eps, first_query, num_queries = args
     first, count = _query_range(qkv, first_query, num_queries)
     q, k, v = qkv.unbind(2)
     if rope is None and qk_norm == "none":
-        q = q[:, first : first + count]
-    else:
-        batch, n, _, heads, head_dim = qkv.shape
-        q, k = qkv.new_empty(batch, count, heads, head_dim), qkv.new_empty(batch, n, heads, head_dim)
-        norm = _NORMS.index(qk_norm)
-        weights = (q_weight, q_bias, k_weight, k_bias)
-        _native.lib().rope_rotate(qkv, rope, *weights, q, k, prefix, first, norm, eps)
-    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        return q[:, first : first + count], k, v
+    batch, n, _, heads, head_dim = qkv.shape
+    q, k = qkv.new_empty(batch, count, heads, head_dim), qkv.new_empty(batch, n, heads, head_dim)
+    weights = (q_weight, q_bias, k_weight, k_bias)
+    _native.lib().rope_rotate(qkv, rope, *weights, None, q, k, prefix, first, _NORMS.index(qk_norm), eps)
+    return q, k, v
 
 
-def _amx_wins(q: Tensor, k: Tensor) -> bool:
-    """Whether csrc/cpu/attention.cpp beats torch's flash attention. Torch loses a factor of 2.5 where the number of
-    keys is no multiple of 32 (385 keys: 19.8 ms, ours 6.8; 384: 6.3 and 6.2) and a fifth at 1024 and more (1152: 56 and
-    46); ours loses where few queries meet many keys, because it packs K and V in scalar code."""
-    keys, queries = k.shape[2], q.shape[2]
-    fits = q.dtype == torch.bfloat16 and (keys % 32 != 0 or keys >= 1024) and 4 * queries >= keys
-    return fits and bool(_native.lib().attention_bf16_usable())
+def _amx(x: Tensor) -> bool:
+    """Whether csrc/cpu/attention*.cpp take it: bf16 on a processor with tiles. Measured against torch's flash attention
+    (2 threads; forward, backward): 128 tokens of 16 x 72: 1.2, 8 times as fast; 1024: 1.6, 2.0; 385 of 12 x 64: 3, 4.5;
+    128 queries of 385: 3, 6. No shape was found where torch wins."""
+    return x.dtype == torch.bfloat16 and bool(_native.lib().attention_bf16_usable())
 
 
 def _native_forward(*args: Any) -> tuple[Tensor, ...]:
     q, k, v = _native_prepare(args)
-    if _amx_wins(q, k):
-        batch, heads, count, head_dim = q.shape
-        out = q.new_empty(batch, count, heads, head_dim)
+    batch, count, heads, head_dim = q.shape
+    if _amx(q):
+        out = q.new_empty(batch, count, heads * head_dim)
         lse = q.new_empty(batch, count, heads, dtype=torch.float32)
-        _native.lib().attention_bf16(*(x.transpose(1, 2) for x in (q, k, v)), out, lse)
-        return out.flatten(2), lse.transpose(1, 2)
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
-    return out.transpose(1, 2).contiguous().flatten(2), lse
+        _native.lib().attention_bf16(q, k, v, out.view(q.shape), lse)
+        return out, lse.transpose(1, 2)
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out, lse = flash(*(x.transpose(1, 2) for x in (q, k, v)))
+    # not a view: torch refuses in-place operations on a view among several outputs
+    return torch.ops.aten._unsafe_view(out.transpose(1, 2), [batch, count, heads * head_dim]), lse
 
 
 def _native_backward(
@@ -179,23 +177,32 @@ def _native_backward(
 ) -> Sequence[Tensor | None]:
     qkv, rope, q_weight, q_bias, k_weight, k_bias, prefix, qk_norm, eps, first_query, num_queries = args
     out, lse = saved
-    batch, tokens, _, heads, head_dim = qkv.shape
-
-    def heads_first(x: Tensor) -> Tensor:
-        return x.view(batch, -1, heads, head_dim).transpose(1, 2)
-
-    tensors = [heads_first(grad), *_native_prepare(args), heads_first(out)]
-    if tokens <= _WIDE_BACKWARD:
-        tensors = [t.float() for t in tensors]
-    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*tensors, lse, 0.0, False)
-    dq, dk, dv = (g.to(qkv.dtype).transpose(1, 2) for g in grads)
+    head_dim = qkv.shape[4]
+    first, count = _query_range(qkv, first_query, num_queries)
+    q, k, v = _native_prepare(args)
+    grad, out = grad.view(q.shape), out.view(q.shape)
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    dq, dk, dv = dqkv.unbind(2)
+    dq = dq[:, first : first + count]
+    in_place = _amx(q)
+    if in_place:
+        _native.lib().attention_bf16_bwd(q, k, v, out, grad, lse.transpose(1, 2), dq, dk, dv)
+        if rope is None and qk_norm == "none":
+            dqkv[:, :first, 0].zero_()
+            dqkv[:, first + count :, 0].zero_()
+            return [dqkv, *[None] * 10]
+    else:
+        tensors = [x.transpose(1, 2) for x in (grad, q, k, v, out)]
+        if qkv.shape[1] <= _WIDE_BACKWARD:
+            tensors = [t.float() for t in tensors]
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*tensors, lse, 0.0, False)
+        dq, dk, dv = (g.to(qkv.dtype).transpose(1, 2) for g in grads)
     drope = torch.empty_like(rope, memory_format=torch.contiguous_format) if needs[1] else None
     dweights = qkv.new_empty(4, head_dim, dtype=torch.float32) if any(needs[2:6]) else None
-    first, norm = _query_range(qkv, first_query, num_queries)[0], _NORMS.index(qk_norm)
     _native.lib().rope_rotate_bwd(
-        qkv, rope, q_weight, q_bias, k_weight, k_bias, dq, dk, dv, dqkv, drope, dweights, prefix, first, norm, eps
-    )
+        qkv, rope, q_weight, q_bias, k_weight, k_bias, None, dq, dk, dv, dqkv, drope, dweights,
+        prefix, first, _NORMS.index(qk_norm), eps,
+    )  # fmt: skip
     rows = [None] * 4 if dweights is None else [r.clone() for r in dweights]
     return [dqkv, drope, *rows, None, None, None, None, None]
 

@@ -1,11 +1,13 @@
-"""attention_bf16 (csrc/cpu/attention.cpp) against fp64, by the rule with torch's bf16 flash attention as the peer."""
+"""attention_bf16 and its backward (csrc/cpu/attention*.cpp) against fp64, by the rule with torch's bf16 as the peer."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
 from maetok_fast.kernels import _native
 
@@ -18,52 +20,114 @@ def usable() -> bool:
 
 pytestmark = pytest.mark.skipif(not usable(), reason="needs the native library and a processor with AMX-BF16")
 
+Shape = tuple[int, int, int, int, int, int]
+# batch, tokens, heads, head_dim, first query, queries
+SHAPES: list[Shape] = [
+    (2, 7, 3, 16, 2, 5),
+    (1, 33, 2, 72, 0, 33),
+    (2, 50, 3, 10, 0, 50),
+    (1, 128, 2, 72, 0, 128),
+    (1, 385, 2, 64, 257, 128),
+    (1, 300, 2, 80, 3, 290),
+    (1, 1, 1, 2, 0, 1),
+]
 
-@pytest.mark.parametrize(
-    ("batch", "tokens", "heads", "dim", "queries"),
-    [
-        (2, 7, 3, 16, 5),
-        (1, 33, 2, 72, 33),
-        (2, 50, 3, 10, 50),
-        (1, 128, 2, 72, 128),
-        (1, 385, 2, 64, 128),
-        (1, 1, 1, 2, 1),
-    ],
-)
-def test_value(batch: int, tokens: int, heads: int, dim: int, queries: int) -> None:
-    qkv = 1.5 * torch.randn(batch, tokens, 3, heads, dim).bfloat16()
-    q, k, v = qkv.unbind(2)
-    q = q[:, tokens - queries :]
-    # poisoned outputs, with a zone behind them that nobody may touch
-    room = torch.full((batch * queries * heads * dim + 64,), float("nan"), dtype=torch.bfloat16)
-    out, zone = room[:-64].view(batch, queries, heads, dim), room[-64:]
-    lse = torch.full((batch, queries, heads), float("nan"))
+
+def packed(shape: Shape, scale: float = 1.5) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v as views of one qkv, and a gradient."""
+    batch, tokens, heads, dim, first, queries = shape
+    q, k, v = (scale * torch.randn(batch, tokens, 3, heads, dim)).bfloat16().unbind(2)
+    return q[:, first : first + queries], k, v, torch.randn(batch, queries, heads, dim).bfloat16()
+
+
+def guarded(*shape: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
+    """A poisoned tensor, and the zone behind it that nobody may touch."""
+    room = torch.full((math.prod(shape) + 64,), float("nan"), dtype=dtype)
+    return room[:-64].view(shape), room[-64:]
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    out, zone = guarded(*q.shape)
+    lse, lse_zone = guarded(*q.shape[:3], dtype=torch.float32)
     _native.lib().attention_bf16(q, k, v, out, lse)
     assert zone.isnan().all()
-    q64, k64, v64 = (x.double().transpose(1, 2) for x in (q, k, v))
-    scores = q64 @ k64.transpose(-1, -2) / math.sqrt(dim)
-    exact = scores.softmax(-1) @ v64
-    plain = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
-    ours, theirs = ((x.double() - exact).abs().max().item() for x in (out.transpose(1, 2), plain))
-    assert ours <= 2 * theirs + 2 * torch.finfo(torch.bfloat16).eps * exact.abs().max().item()
+    assert lse_zone.isnan().all()
+    return out, lse
+
+
+def backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, grad: Tensor, lse: Tensor) -> list[Tensor]:
+    """dq, dk, dv as views of one tensor, whose other elements stay poisoned."""
+    dqkv = torch.full((k.shape[0], k.shape[1], 3, *k.shape[2:]), float("nan"), dtype=torch.bfloat16)
+    dq, dk, dv = dqkv.unbind(2)
+    dq = dq[:, : q.shape[1]]
+    _native.lib().attention_bf16_bwd(q, k, v, out, grad, lse, dq, dk, dv)
+    assert dqkv[:, q.shape[1] :, 0].isnan().all()
+    return [dq, dk, dv]
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1) @ v
+
+
+def value_and_grads(fn: Callable[..., Tensor], dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
+    *inputs, grad = (x.detach().to(dtype) for x in tensors)
+    leaves = [x.requires_grad_() for x in inputs]
+    out = fn(*(x.transpose(1, 2) for x in leaves)).transpose(1, 2)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_value_and_gradients(shape: Shape) -> None:
+    q, k, v, grad = packed(shape)
+    out, lse = forward(q, k, v)
+    ours = [out, *backward(q, k, v, out, grad, lse)]
+    exact = value_and_grads(softmax_attention, torch.float64, q, k, v, grad)
+    plain = value_and_grads(torch.nn.functional.scaled_dot_product_attention, torch.bfloat16, q, k, v, grad)
+    for a, p, e in zip(ours, plain, exact):
+        ulp = torch.finfo(torch.bfloat16).eps * e.abs().max()
+        assert (a - e).abs().max() <= 2 * (p - e).abs().max() + 2 * ulp + 1e-6  # one key: its dq and dk are zero
+    scores = q.double().transpose(1, 2) @ k.double().transpose(1, 2).transpose(-1, -2) / math.sqrt(shape[3])
     torch.testing.assert_close(lse.transpose(1, 2).double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-5)
 
 
 def test_large_scores_and_thread_counts() -> None:
     """Scores far beyond the range of exp, and the same bits from any number of threads."""
-    q, k, v = (30 * torch.randn(1, 40, 4, 64).bfloat16() for _ in range(3))
+    q, k, v, grad = packed((1, 200, 5, 64, 0, 200), scale=30)
     results = []
     threads = torch.get_num_threads()
     try:
-        for count in (1, threads):
+        for count in (1, 2, 3):
             torch.set_num_threads(count)
-            out, lse = torch.empty_like(q), torch.empty(1, 40, 4)
-            _native.lib().attention_bf16(q, k, v, out, lse)
-            results.append(out)
+            out, lse = forward(q, k, v)
+            results.append([out, *backward(q, k, v, out, grad, lse)])
     finally:
         torch.set_num_threads(threads)
-    assert results[0].isfinite().all()
-    assert torch.equal(*results)
+    for result in results:
+        for x, same in zip(result, results[0]):
+            assert x.isfinite().all()
+            assert torch.equal(x, same)
+
+
+def test_keys_that_do_not_exist_add_nothing() -> None:
+    """33 keys are packed as 64; with scores this negative the power of a missing key's zero score overflows."""
+    q = torch.full((1, 33, 1, 16), 30.0, dtype=torch.bfloat16)
+    k, v, grad = -q, torch.randn_like(q), torch.randn_like(q)
+    out, lse = forward(q, k, v)
+    assert lse.max() < -500
+    for x in backward(q, k, v, out, grad, lse):
+        assert x.isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_in_its_image_and_head(bad: float) -> None:
+    q, k, v, grad = packed((2, 40, 2, 16, 0, 40))
+    k[0, 5, 1, 3] = bad
+    out, lse = forward(q, k, v)
+    grads = backward(q, k, v, out, grad, lse)
+    for x in (out, *grads):
+        assert not x[0, :, 1].isfinite().all()
+        assert x[0, :, 0].isfinite().all()
+        assert x[1].isfinite().all()
 
 
 def test_refusals() -> None:
@@ -73,5 +137,10 @@ def test_refusals() -> None:
         _native.lib().attention_bf16(q.float(), q, q, out, lse)
     with pytest.raises(ValueError, match="k must have shape"):
         _native.lib().attention_bf16(q, q[..., :8].contiguous(), q, out, lse)
+    strided = q.transpose(1, 2).contiguous().transpose(1, 2)
     with pytest.raises(ValueError, match="contiguous heads"):
-        _native.lib().attention_bf16(q.transpose(1, 2).contiguous().transpose(1, 2), q, q, out, lse)
+        _native.lib().attention_bf16(strided, q, q, out, lse)
+    with pytest.raises(ValueError, match=r"dout must have shape \(1, 4, 2, 16\)"):
+        _native.lib().attention_bf16_bwd(q, q, q, out, out[:, :3], lse, q, q, q)
+    with pytest.raises(ValueError, match="dk must have contiguous heads"):
+        _native.lib().attention_bf16_bwd(q, q, q, out, out, lse, q, strided, q)

@@ -1,14 +1,15 @@
 // q and k of packed qkv, normalised over the head dimension (optional) and rotated (2-D RoPE, interleaved pairs).
 //
-// qkv (B, N, 3, H, hd). Tokens prefix .. prefix+M-1 are rotated by rope (2, H or 1, M, hd/2) = [cos, sin]:
+// qkv (B, N, 3, H, hd). Tokens prefix .. prefix+M-1 are rotated by rows of rope (2, H or 1, R, hd/2) = [cos, sin]: token
+// prefix+m of image b by row index[b, m], or by row m when there is no index (M = R):
 //     out[2j] = n[2j] c[j] - n[2j+1] s[j],   out[2j+1] = n[2j] s[j] + n[2j+1] c[j]
 // where n is x, x rsqrt(mean x^2 + eps) w (rms) or LayerNorm(x) w + b (layer). Queries are computed for tokens
 // first .. first+Nq-1 only. Backward undoes the rotation on the gradients, differentiates the norm, and sums
-//     dcos[h, m, j] = sum d[2j] n[2j] + d[2j+1] n[2j+1],   dsin = sum d[2j+1] n[2j] - d[2j] n[2j+1]
-// over samples, q and k (and heads when they share a table).
+//     dcos[h, r, j] = sum d[2j] n[2j] + d[2j+1] n[2j+1],   dsin = sum d[2j+1] n[2j] - d[2j] n[2j+1]
+// over the tokens that row r rotated, q and k (and heads when they share a table). Its gradients may lie in dqkv already.
 //
-// Work is split over tokens, samples inside: the table's rows of one token are read once into L1 and the sums of dcos and
-// dsin belong to one thread, so they need no second pass.
+// Backward's work is split over groups of tokens: those of one table row, and those of one unrotated position. A row's
+// cos and sin are read once and its sums belong to one thread, so they need no second pass and have one order.
 
 #include "cpu/types.h"
 
@@ -19,7 +20,9 @@ struct RopeArgs {
   DType type;
   int64_t B, N, H, hd, Nq, first, M, prefix;
   const float* rope;        // null: no rotation
-  int64_t rope_heads;       // 1 or H
+  int64_t rope_heads, R;    // 1 or H; rows of the table
+  const int64_t* index;     // (B, M) rows, or null: row m
+  const int64_t *order, *starts;  // backward with an index: entries of (B, M) sorted by row, (R + 1) where each row starts
   const float* weights[4];  // q_weight, q_bias, k_weight, k_bias; each may be null
   int norm;                 // 0 none, 1 rms, 2 layer
   float eps;
@@ -30,13 +33,14 @@ struct RopeArgs {
   float* drope;             // null: not wanted
   float* dweights;          // (4, hd) or null
   float* sums;              // 2 * H * hd floats per thread: dcos and dsin of a token, not yet added up in pairs
-  float* partials;          // token_blocks(N) * 4 * hd floats: dweights before the last sum
+  float* partials;          // blocks(groups) * 4 * hd floats: dweights before the last sum
 };
 
 constexpr int64_t kMaxHeadDim = 512;
-constexpr int64_t kTokens = 8;  // tokens per item of the backward's work, whatever the number of threads
+constexpr int64_t kGroups = 8;  // groups per item of the backward's work, whatever the number of threads
 
-constexpr int64_t token_blocks(int64_t N) { return (N + kTokens - 1) / kTokens; }
+constexpr int64_t groups(const RopeArgs& a) { return a.index == nullptr ? a.N : a.R + a.N - a.M; }
+constexpr int64_t group_blocks(const RopeArgs& a) { return (groups(a) + kGroups - 1) / kGroups; }
 
 }  // namespace mf
 
@@ -80,6 +84,7 @@ template <int NORM, class T> static void forward(const RopeArgs& a) {
     const int64_t m = n - a.prefix;
     const bool rotated = a.rope != nullptr && m >= 0 && m < a.M;
     for (int64_t b = 0; b < a.B; ++b) {
+      const int64_t table_row = rotated && a.index != nullptr ? a.index[b * a.M + m] : m;
       for (int which = 0; which < 2; ++which) {
         const int64_t rows = which ? a.N : a.Nq, row = which ? n : n - a.first;
         if (row < 0 || row >= rows) continue;
@@ -98,8 +103,8 @@ template <int NORM, class T> static void forward(const RopeArgs& a) {
             });
             continue;
           }
-          const float* cos = a.rope + ((a.rope_heads == 1 ? 0 : h) * a.M + m) * half;
-          const float* sin = cos + a.rope_heads * a.M * half;
+          const float* cos = a.rope + ((a.rope_heads == 1 ? 0 : h) * a.R + table_row) * half;
+          const float* sin = cos + a.rope_heads * a.R * half;
           each(a.hd, [&](int64_t i, auto k) {
             const vf v = affine<NORM>((load(x + i, k) - s.mean) * s.r, weight, bias, i, k);
             store(y + i, v * load_twice(cos + i / 2, k) + swap_pairs(v) * (sign * load_twice(sin + i / 2, k)), k);
@@ -110,96 +115,173 @@ template <int NORM, class T> static void forward(const RopeArgs& a) {
   }
 }
 
-template <int NORM, class T> static void backward(const RopeArgs& a) {
-  const int64_t D = a.H * a.hd, half = a.hd / 2, blocks = token_blocks(a.N);
+// One group of tokens: `count` of them, rotated by table row `row` or (-1) not at all.
+struct Group { int64_t row, count; };
+struct Token { int64_t b, n; };
+
+MF_INLINE Group group_of(const RopeArgs& a, int64_t g) {
+  if (a.index == nullptr) {
+    const int64_t m = g - a.prefix;
+    return {a.rope != nullptr && m >= 0 && m < a.M ? m : -1, a.B};
+  }
+  return g < a.R ? Group{g, a.starts[g + 1] - a.starts[g]} : Group{-1, a.B};
+}
+
+MF_INLINE Token token_of(const RopeArgs& a, int64_t g, int64_t i) {
+  if (a.index == nullptr) return {i, g};
+  if (g < a.R) {
+    const int64_t entry = a.order[a.starts[g] + i];
+    return {entry / a.M, a.prefix + entry % a.M};
+  }
+  const int64_t n = g - a.R;
+  return {i, n < a.prefix ? n : n + a.M};
+}
+
+// A token's row of q, k or v: the input, the gradient of what was made of it, and the place for the input's own.
+template <class T> struct Row {
+  const T *x, *d;
+  T* dx;
+  int64_t d_head;  // d's stride over heads
+};
+
+template <class T> MF_INLINE Row<T> row_of(const RopeArgs& a, Token t, int which) {
+  const int64_t D = a.H * a.hd, at = ((t.b * a.N + t.n) * 3 + which) * D, row = which ? t.n : t.n - a.first;
+  T* dx = (T*)a.dqkv + at;
+  if (which == 0 && (row < 0 || row >= a.Nq)) return {nullptr, nullptr, dx, 0};  // an absent query
+  const int64_t* stride = a.stride[which];
+  return {(const T*)a.qkv + at, (const T*)a.d[which] + t.b * stride[0] + row * stride[1], dx, stride[2]};
+}
+
+template <class T> MF_INLINE void copy(const RopeArgs& a, const Row<T>& r) {
+  if (r.d == r.dx) return;
+  if (r.d == nullptr) {
+    memset(r.dx, 0, sizeof(T) * a.H * a.hd);
+    return;
+  }
+  for (int64_t h = 0; h < a.H; ++h) memcpy(r.dx + h * a.hd, r.d + h * r.d_head, sizeof(T) * a.hd);
+}
+
+// Rows that were rotated and nothing else: all of a group at once, cos, sin and their sums in registers.
+template <bool TABLE, class T>
+MF_INLINE void rotate_back(const RopeArgs& a, const Row<T>* rows, int count, const float* cos, float* dcos, float* dsin) {
   const vf sign = alternating();
+  const int64_t half = a.hd / 2, sin = a.rope_heads * a.R * half, step = a.rope_heads == 1 ? 0 : a.R * half;
+  for (int64_t h = 0; h < a.H; ++h, cos += step, dcos += a.hd, dsin += a.hd) {
+    each(a.hd, [&](int64_t i, auto k) {
+      const vf c = load_twice(cos + i / 2, k), s = sign * load_twice(cos + sin + i / 2, k);
+      vf sum_c = {}, sum_s = {};
+      if (TABLE) sum_c = load(dcos + i, k), sum_s = load(dsin + i, k);
+      for (int r = 0; r < count; ++r) {
+        const vf t = load(rows[r].d + h * rows[r].d_head + i, k), swapped = swap_pairs(t);
+        if (TABLE) {
+          const vf x = load(rows[r].x + h * a.hd + i, k);
+          sum_c += t * x;
+          sum_s += swapped * x;
+        }
+        store(rows[r].dx + h * a.hd + i, t * c - swapped * s, k);
+      }
+      if (TABLE) store(dcos + i, sum_c, k), store(dsin + i, sum_s, k);
+    });
+  }
+}
+
+// A row that was normalised and (cos not null) rotated. dcos, dsin and dw (this which's d_weight, d_bias) may be null.
+template <int NORM, class T>
+MF_INLINE void norm_back(const RopeArgs& a, const Row<T>& row, int which, const float* cos, float* dcos, float* dsin, float* dw) {
+  const vf sign = alternating();
+  const int64_t half = a.hd / 2, sin = a.rope_heads * a.R * half, step = a.rope_heads == 1 ? 0 : a.R * half;
+  const float *weight = a.weights[2 * which], *bias = a.weights[2 * which + 1];
+  alignas(64) float g[kMaxHeadDim];
+  const T *x = row.x, *d = row.d;
+  T* dx = row.dx;
+  for (int64_t h = 0; h < a.H; ++h, x += a.hd, dx += a.hd, d += row.d_head) {
+    const Moments s = moments<NORM>(x, a.hd, a.eps);
+    vf g0 = {}, g1 = {};
+    each(a.hd, [&](int64_t i, auto k) {
+      vf t = load(d + i, k);
+      const vf xhat = keep((load(x + i, k) - s.mean) * s.r, k);
+      if (cos != nullptr) {
+        const vf swapped = swap_pairs(t);
+        if (dcos != nullptr) {
+          const vf v = affine<NORM>(xhat, weight, bias, i, k);
+          float *pc = dcos + h * a.hd + i, *ps = dsin + h * a.hd + i;
+          store(pc, load(pc, k) + t * v, k);
+          store(ps, load(ps, k) + swapped * v, k);
+        }
+        t = t * load_twice(cos + h * step + i / 2, k) - swapped * (sign * load_twice(cos + h * step + sin + i / 2, k));
+      }
+      if (dw != nullptr) {
+        float *pw = dw + i, *pb = pw + a.hd;
+        store(pw, load(pw, k) + t * xhat, k);
+        if (NORM == 2) store(pb, load(pb, k) + t, k);
+      }
+      if (weight != nullptr) t *= load(weight + i, k);
+      store(g + i, t, k);
+      g0 += t;
+      g1 += t * xhat;
+    });
+    const vf m0 = NORM == 2 ? splat(sum(g0) / (float)a.hd) : (vf){}, m1 = splat(sum(g1) / (float)a.hd);
+    each(a.hd, [&](int64_t i, auto k) {
+      const vf xhat = (load(x + i, k) - s.mean) * s.r;
+      store(dx + i, s.r * (load(g + i, k) - m0 - xhat * m1), k);
+    });
+  }
+}
+
+// A row of the table's gradient from its sums, whose neighbours belong to one pair; heads are added when they share it.
+MF_INLINE void write_table_row(const RopeArgs& a, int64_t row, float* dcos, float* dsin) {
+  const int64_t half = a.hd / 2;
+  if (a.rope_heads == 1)
+    for (int64_t h = 1; h < a.H; ++h)
+      each(a.hd, [&](int64_t i, auto k) {
+        store(dcos + i, load(dcos + i, k) + load(dcos + h * a.hd + i, k), k);
+        store(dsin + i, load(dsin + i, k) + load(dsin + h * a.hd + i, k), k);
+      });
+  for (int64_t h = 0; h < a.rope_heads; ++h, dcos += a.hd, dsin += a.hd) {
+    float* c = a.drope + (h * a.R + row) * half;
+    float* s = c + a.rope_heads * a.R * half;
+    for (int64_t j = 0; j < half; ++j) {
+      c[j] = dcos[2 * j] + dcos[2 * j + 1];
+      s[j] = dsin[2 * j] - dsin[2 * j + 1];
+    }
+  }
+}
+
+template <int NORM, class T> static void one_group(const RopeArgs& a, int64_t g, float* dcos, float* dsin, float* dw) {
+  const Group group = group_of(a, g);
+  const bool table = group.row >= 0 && a.drope != nullptr;
+  const float* cos = group.row >= 0 ? a.rope + group.row * (a.hd / 2) : nullptr;
+  if (table) memset(dcos, 0, sizeof(float) * a.H * a.hd), memset(dsin, 0, sizeof(float) * a.H * a.hd);
+  Row<T> rows[32];
+  int count = 0;
+  for (int64_t i = 0; i < group.count; ++i) {
+    const Token t = token_of(a, g, i);
+    copy(a, row_of<T>(a, t, 2));
+    for (int which = 0; which < 2; ++which) {
+      const Row<T> row = row_of<T>(a, t, which);
+      if (row.d == nullptr || (NORM == 0 && cos == nullptr)) copy(a, row);
+      else if (NORM == 0) rows[count++] = row;
+      else norm_back<NORM>(a, row, which, cos, table ? dcos : nullptr, dsin, dw == nullptr ? nullptr : dw + 2 * which * a.hd);
+    }
+    if (count > 30 || (count > 0 && i + 1 == group.count)) {
+      table ? rotate_back<true>(a, rows, count, cos, dcos, dsin) : rotate_back<false>(a, rows, count, cos, dcos, dsin);
+      count = 0;
+    }
+  }
+  if (table) write_table_row(a, group.row, dcos, dsin);
+}
+
+template <int NORM, class T> static void backward(const RopeArgs& a) {
+  const int64_t D = a.H * a.hd, blocks = group_blocks(a);
 #pragma omp parallel if (a.B * a.N * D > kSerial)
   {
     float *dcos = a.sums + omp_get_thread_num() * 2 * D, *dsin = dcos + D;
-    alignas(64) float g[kMaxHeadDim];
     const Share share = my_share(blocks);
     for (int64_t block = share.begin; block < share.end; ++block) {
       float* dw = a.dweights != nullptr ? a.partials + block * 4 * a.hd : nullptr;
       if (dw != nullptr) memset(dw, 0, sizeof(float) * 4 * a.hd);
-      const int64_t last = (block + 1) * kTokens < a.N ? (block + 1) * kTokens : a.N;
-      for (int64_t n = block * kTokens; n < last; ++n) {
-        const int64_t m = n - a.prefix;
-        const bool rotated = a.rope != nullptr && m >= 0 && m < a.M;
-        const bool table = rotated && a.drope != nullptr;
-        if (table) memset(dcos, 0, sizeof(float) * 2 * D);
-        for (int64_t b = 0; b < a.B; ++b) {
-          for (int which = 0; which < 3; ++which) {
-            const T* x = (const T*)a.qkv + ((b * a.N + n) * 3 + which) * D;
-            T* dx = (T*)a.dqkv + ((b * a.N + n) * 3 + which) * D;
-            const int64_t row = which ? n : n - a.first;
-            if (which == 0 && (row < 0 || row >= a.Nq)) {
-              memset(dx, 0, sizeof(T) * D);
-              continue;
-            }
-            const T* d = (const T*)a.d[which] + b * a.stride[which][0] + row * a.stride[which][1];
-            if (which == 2 || (NORM == 0 && !rotated)) {
-              for (int64_t h = 0; h < a.H; ++h) memcpy(dx + h * a.hd, d + h * a.stride[which][2], sizeof(T) * a.hd);
-              continue;
-            }
-            const float *weight = a.weights[2 * which], *bias = a.weights[2 * which + 1];
-            for (int64_t h = 0; h < a.H; ++h, x += a.hd, dx += a.hd, d += a.stride[which][2]) {
-              const Moments s = moments<NORM>(x, a.hd, a.eps);
-              const float* cos = rotated ? a.rope + ((a.rope_heads == 1 ? 0 : h) * a.M + m) * half : nullptr;
-              const float* sin = cos + a.rope_heads * a.M * half;
-              vf g0 = {}, g1 = {};
-              each(a.hd, [&](int64_t i, auto k) {
-                vf t = load(d + i, k);
-                const vf xhat = keep((load(x + i, k) - s.mean) * s.r, k);
-                if (rotated) {
-                  const vf swapped = swap_pairs(t);
-                  if (table) {
-                    const vf v = affine<NORM>(xhat, weight, bias, i, k);
-                    float *pc = dcos + h * a.hd + i, *ps = dsin + h * a.hd + i;
-                    store(pc, load(pc, k) + t * v, k);
-                    store(ps, load(ps, k) + swapped * v, k);
-                  }
-                  t = t * load_twice(cos + i / 2, k) - swapped * (sign * load_twice(sin + i / 2, k));
-                }
-                if (NORM == 0) {
-                  store(dx + i, t, k);
-                  return;
-                }
-                if (dw != nullptr) {
-                  float *pw = dw + 2 * which * a.hd + i, *pb = pw + a.hd;
-                  store(pw, load(pw, k) + t * xhat, k);
-                  if (NORM == 2) store(pb, load(pb, k) + t, k);
-                }
-                if (weight != nullptr) t *= load(weight + i, k);
-                store(g + i, t, k);
-                g0 += t;
-                g1 += t * xhat;
-              });
-              if (NORM == 0) continue;
-              const vf m0 = NORM == 2 ? splat(sum(g0) / (float)a.hd) : (vf){}, m1 = splat(sum(g1) / (float)a.hd);
-              each(a.hd, [&](int64_t i, auto k) {
-                const vf xhat = (load(x + i, k) - s.mean) * s.r;
-                store(dx + i, s.r * (load(g + i, k) - m0 - xhat * m1), k);
-              });
-            }
-          }
-        }
-        if (!table) continue;
-        if (a.rope_heads == 1)
-          for (int64_t h = 1; h < a.H; ++h)
-            for (int64_t i = 0; i < a.hd; ++i) {
-              dcos[i] += dcos[h * a.hd + i];
-              dsin[i] += dsin[h * a.hd + i];
-            }
-        for (int64_t h = 0; h < a.rope_heads; ++h) {
-          float* c = a.drope + (h * a.M + m) * half;
-          float* s = c + a.rope_heads * a.M * half;
-          const float *pc = dcos + h * a.hd, *ps = dsin + h * a.hd;
-          for (int64_t j = 0; j < half; ++j) {
-            c[j] = pc[2 * j] + pc[2 * j + 1];
-            s[j] = ps[2 * j] - ps[2 * j + 1];
-          }
-        }
-      }
+      const int64_t last = (block + 1) * kGroups < groups(a) ? (block + 1) * kGroups : groups(a);
+      for (int64_t g = block * kGroups; g < last; ++g) one_group<NORM, T>(a, g, dcos, dsin, dw);
     }
     if (a.dweights != nullptr) {
 #pragma omp barrier
@@ -232,6 +314,8 @@ void rope_rotate_bwd(const RopeArgs& a) {
 #endif
 
 #ifdef MF_HOST
+#include <vector>
+
 #include "common.h"
 
 MF_DECLARE(rope_rotate, RopeArgs)
@@ -248,9 +332,25 @@ const float* weight_of(const MaybeTensor& t, const char* name, int64_t hd) {
   return data<float>(t);
 }
 
+// (B, M) int64 rows of the table; sets M.
+const int64_t* index_of(const TensorView& t, RopeArgs& a) {
+  check_ndim(t, "index", 2, "(B, M)");
+  a.M = t.size(1);
+  check_shape(t, "index", {a.B, a.M});
+  check_cpu(t, "index");
+  check_contiguous(t, "index");
+  const DLDataType d = t.dtype();
+  if (d.code != kDLInt || d.bits != 64 || d.lanes != 1) TVM_FFI_THROW(TypeError) << "index must be int64";
+  const int64_t* rows = data<int64_t>(t);
+  for (int64_t i = 0; i < a.B * a.M; ++i)
+    if (rows[i] < 0 || rows[i] >= a.R)
+      TVM_FFI_THROW(IndexError) << "index holds " << rows[i] << ", and rope has rows 0 .. " << a.R - 1;
+  return rows;
+}
+
 RopeArgs common_args(const TensorView& qkv, const MaybeTensor& rope, const MaybeTensor& q_weight, const MaybeTensor& q_bias,
-                     const MaybeTensor& k_weight, const MaybeTensor& k_bias, int64_t Nq, int64_t prefix, int64_t first,
-                     int64_t norm, double eps) {
+                     const MaybeTensor& k_weight, const MaybeTensor& k_bias, const MaybeTensor& index, int64_t Nq,
+                     int64_t prefix, int64_t first, int64_t norm, double eps) {
   check_ndim(qkv, "qkv", 5, "(B, N, 3, H, hd)");
   RopeArgs a{};
   a.type = check_dense(qkv, "qkv");
@@ -265,15 +365,18 @@ RopeArgs common_args(const TensorView& qkv, const MaybeTensor& rope, const Maybe
   a.Nq = Nq, a.first = first, a.prefix = prefix;
   if (rope.has_value()) {
     const TensorView& table = rope.value();
-    check_ndim(table, "rope", 4, "(2, H or 1, M, hd/2)");
-    a.rope_heads = table.size(1), a.M = table.size(2);
+    check_ndim(table, "rope", 4, "(2, H or 1, R, hd/2)");
+    a.rope_heads = table.size(1), a.M = a.R = table.size(2);
     if (a.rope_heads != 1) a.rope_heads = a.H;
-    check_shape(table, "rope", {2, a.rope_heads, a.M, a.hd / 2});
+    check_shape(table, "rope", {2, a.rope_heads, a.R, a.hd / 2});
     check_dense(table, "rope");
     check_dtype(table, "rope", DType::f32, "");
+    a.rope = data<float>(table);
+    if (index.has_value()) a.index = index_of(index.value(), a);
     if (prefix < 0 || prefix + a.M > a.N)
       TVM_FFI_THROW(ValueError) << "rope covers tokens " << prefix << ".." << prefix + a.M << ", outside the " << a.N;
-    a.rope = data<float>(table);
+  } else if (index.has_value()) {
+    TVM_FFI_THROW(ValueError) << "index names rows of rope, and there is no rope";
   }
   a.weights[0] = weight_of(q_weight, "q_weight", a.hd);
   a.weights[1] = weight_of(q_bias, "q_bias", a.hd);
@@ -285,9 +388,10 @@ RopeArgs common_args(const TensorView& qkv, const MaybeTensor& rope, const Maybe
 }
 
 void fwd(TensorView qkv, MaybeTensor rope, MaybeTensor q_weight, MaybeTensor q_bias, MaybeTensor k_weight,
-         MaybeTensor k_bias, TensorView q_out, TensorView k_out, int64_t prefix, int64_t first, int64_t norm, double eps) {
+         MaybeTensor k_bias, MaybeTensor index, TensorView q_out, TensorView k_out, int64_t prefix, int64_t first,
+         int64_t norm, double eps) {
   check_ndim(q_out, "q_out", 4, "(B, Nq, H, hd)");
-  RopeArgs a = common_args(qkv, rope, q_weight, q_bias, k_weight, k_bias, q_out.size(1), prefix, first, norm, eps);
+  RopeArgs a = common_args(qkv, rope, q_weight, q_bias, k_weight, k_bias, index, q_out.size(1), prefix, first, norm, eps);
   check_shape(q_out, "q_out", {a.B, a.Nq, a.H, a.hd});
   check_shape(k_out, "k_out", {a.B, a.N, a.H, a.hd});
   check_dense(q_out, "q_out");
@@ -299,10 +403,10 @@ void fwd(TensorView qkv, MaybeTensor rope, MaybeTensor q_weight, MaybeTensor q_b
 }
 
 void bwd(TensorView qkv, MaybeTensor rope, MaybeTensor q_weight, MaybeTensor q_bias, MaybeTensor k_weight,
-         MaybeTensor k_bias, TensorView dq, TensorView dk, TensorView dv, TensorView dqkv, MaybeTensor drope,
-         MaybeTensor dweights, int64_t prefix, int64_t first, int64_t norm, double eps) {
+         MaybeTensor k_bias, MaybeTensor index, TensorView dq, TensorView dk, TensorView dv, TensorView dqkv,
+         MaybeTensor drope, MaybeTensor dweights, int64_t prefix, int64_t first, int64_t norm, double eps) {
   check_ndim(dq, "dq", 4, "(B, Nq, H, hd)");
-  RopeArgs a = common_args(qkv, rope, q_weight, q_bias, k_weight, k_bias, dq.size(1), prefix, first, norm, eps);
+  RopeArgs a = common_args(qkv, rope, q_weight, q_bias, k_weight, k_bias, index, dq.size(1), prefix, first, norm, eps);
   const TensorView* gradients[] = {&dq, &dk, &dv};
   const char* names[] = {"dq", "dk", "dv"};
   for (int i = 0; i < 3; ++i) {
@@ -320,7 +424,7 @@ void bwd(TensorView qkv, MaybeTensor rope, MaybeTensor q_weight, MaybeTensor q_b
   a.dqkv = data(dqkv);
   if (drope.has_value()) {
     if (!rope.has_value()) TVM_FFI_THROW(ValueError) << "drope needs rope";
-    check_shape(drope.value(), "drope", {2, a.rope_heads, a.M, a.hd / 2});
+    check_shape(drope.value(), "drope", {2, a.rope_heads, a.R, a.hd / 2});
     check_dense(drope.value(), "drope");
     check_dtype(drope.value(), "drope", DType::f32, "");
     a.drope = data<float>(drope);
@@ -332,9 +436,18 @@ void bwd(TensorView qkv, MaybeTensor rope, MaybeTensor q_weight, MaybeTensor q_b
     a.dweights = data<float>(dweights);
   }
   Scratch sums(omp_get_max_threads() * 2 * a.H * a.hd);
-  Scratch partials(token_blocks(a.N) * 4 * a.hd);
+  Scratch partials(group_blocks(a) * 4 * a.hd);
   a.sums = sums.get();
   a.partials = partials.get();
+  std::vector<int64_t> order, starts;
+  if (a.index != nullptr) {  // a counting sort: the tokens of each table row, in the order of the index
+    starts.assign(a.R + 1, 0), order.resize(a.B * a.M);
+    for (int64_t i = 0; i < a.B * a.M; ++i) ++starts[a.index[i] + 1];
+    for (int64_t r = 0; r < a.R; ++r) starts[r + 1] += starts[r];
+    std::vector<int64_t> next(starts);
+    for (int64_t i = 0; i < a.B * a.M; ++i) order[next[a.index[i]]++] = i;
+    a.order = order.data(), a.starts = starts.data();
+  }
   MF_CALL(rope_rotate_bwd, a);
 }
 

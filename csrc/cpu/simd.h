@@ -206,9 +206,14 @@ MF_INLINE vf load_twice(const float* p, Full) {
 #endif
 }
 MF_INLINE vf load_twice(const float* p, Part k) {
+#if defined(MF_AVX512)
+  const __m512i twice = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+  return (vf)_mm512_permutexvar_ps(twice, _mm512_castps256_ps512(_mm256_maskz_loadu_ps((__mmask8)mask(Part{k.n / 2}), p)));
+#else
   float half[W / 2] = {};
   for (int i = 0; i < k.n / 2; ++i) half[i] = p[i];
   return load_twice(half, Full{});
+#endif
 }
 
 // (-1, 1, -1, 1, ...)
