@@ -15,8 +15,8 @@ first_query/num_queries prune the queries (a last block needs only the latent or
 
 Triton: q and k are rotated in registers as they are loaded, so neither is written rotated; unrotated rows load no
 table. head_dim 72 runs as 64 + 16 columns (`_tiles.head_split`). With q/k norm a row kernel writes the normalised,
-rotated q and k once, and the attention kernels take them as they are. CPU: native normalise + rotate, then in bf16 the native AMX attention, forward
-and backward, else torch's flash attention.
+rotated q and k once, and the attention kernels take them as they are. CPU: native normalise + rotate, then in bf16 the
+native AMX attention, forward and backward, else torch's flash attention.
 """
 
 from __future__ import annotations

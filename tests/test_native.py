@@ -185,7 +185,7 @@ def test_rope_rotate(
     lib = _native.lib()
     q, k = poisoned(qkv[:, :queries, 0]), poisoned(qkv[:, :, 0])
     ws = list(weights)
-    lib.rope_rotate(qkv, rope if rotated else None, *ws, q, k, prefix, first, norm, 1e-6)
+    lib.rope_rotate(qkv, rope if rotated else None, *ws, None, q, k, prefix, first, norm, 1e-6)
     dqkv, drope, dweights = poisoned(qkv), poisoned(rope), poisoned(weights)
     # Gradients with strides: attention hands back (B, H, N, hd) transposed.
     dq, dk, dv = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in dy.split([queries, N, N], 1))
@@ -193,6 +193,7 @@ def test_rope_rotate(
         qkv,
         rope if rotated else None,
         *ws,
+        None,
         dq,
         dk,
         dv,
@@ -246,7 +247,7 @@ def test_empty_inputs() -> None:
     lib.adaln_bwd(x, x, None, gate, None, torch.empty(0, 2), x.clone(), None, None, dweight, None, 1.0, 0)
     assert torch.equal(dweight, torch.zeros(8))
     qkv = torch.empty(2, 0, 3, 4, 8)
-    lib.rope_rotate(qkv, None, *[None] * 4, torch.empty(2, 0, 4, 8), torch.empty(2, 0, 4, 8), 0, 0, 0, 1e-6)
+    lib.rope_rotate(qkv, None, *[None] * 5, torch.empty(2, 0, 4, 8), torch.empty(2, 0, 4, 8), 0, 0, 0, 1e-6)
 
 
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
@@ -260,7 +261,7 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
         lib.adaln_bwd(dy, x, scale, dw, None, moments, dx, ds, None, dw, None, 1.0, 1)
         lib.gate_residual_bwd(dy, dw, x, None, dg, 0)
         dqkv, drope, dweights = qkv.clone(), rope.clone(), torch.empty(4, 48)
-        lib.rope_rotate_bwd(qkv, rope, *[None] * 4, grad, grad, grad, dqkv, drope, dweights, 0, 0, 1, 1e-6)
+        lib.rope_rotate_bwd(qkv, rope, *[None] * 5, grad, grad, grad, dqkv, drope, dweights, 0, 0, 1, 1e-6)
         return [dx, ds, dg, dqkv, drope, dweights]
 
     before = torch.get_num_threads()
@@ -294,9 +295,9 @@ def test_errors_name_the_argument_and_the_cure() -> None:
         lib.adaln_fwd(x, torch.randn(2, 3, 8), None, None, None, x.clone(), torch.empty(10, 2), 1e-6, 1.0, 1)
     qkv, out = torch.randn(1, 4, 3, 2, 8), torch.empty(1, 4, 2, 8)
     with pytest.raises(ValueError, match=r"rope covers tokens 2\.\.6, outside the 4"):
-        lib.rope_rotate(qkv, torch.randn(2, 2, 4, 4), *[None] * 4, out, out.clone(), 2, 0, 0, 1e-6)
+        lib.rope_rotate(qkv, torch.randn(2, 2, 4, 4), *[None] * 5, out, out.clone(), 2, 0, 0, 1e-6)
     with pytest.raises(ValueError, match=r"queries 3\.\.7 are outside the 4 tokens"):
-        lib.rope_rotate(qkv, None, *[None] * 4, out, out.clone(), 0, 3, 0, 1e-6)
+        lib.rope_rotate(qkv, None, *[None] * 5, out, out.clone(), 0, 3, 0, 1e-6)
 
 
 PROBE = """
