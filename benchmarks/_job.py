@@ -9,14 +9,14 @@ from collections.abc import Callable
 from typing import Any
 
 import _claims as claims_
-import _machine
 import _workload
 import torch
 from _claims import COMPUTED, MEASURED, Claim
 from _report import Row, Value
-from _timing import Timing, held_bytes, interleave, release_memory
 from baselines.sit import guided_step
 
+from maetok_fast.bench import machine
+from maetok_fast.bench.timing import Timing, held_bytes, interleave, release_memory
 from maetok_fast.data import bundled_photographs, find_images, load_images, to_uint8
 from maetok_fast.diffusion import sample
 from maetok_fast.inference import prepare
@@ -32,7 +32,7 @@ class Job:
     def __init__(self, args: argparse.Namespace, tick: Callable[[str], None] = lambda text: None) -> None:
         self.args, self.tick = args, tick
         self.device = torch.device(args.device)
-        self.dtype = _machine.DTYPES[args.dtype]
+        self.dtype = machine.DTYPES[args.dtype]
         self.size = _workload.SIZES[args.model]
         self.many = (args.res // 16) ** 2
         self.batch = {"few": args.batch, "many": max(1, args.batch * args.tokens // self.many)}
@@ -104,7 +104,7 @@ class Job:
             self.notes.append(f"No tokenizer peer for this checkpoint: {error}.")
             return cases
         for name in dict.fromkeys(("fp32", self.args.dtype)):
-            dtype = _machine.DTYPES[name]
+            dtype = machine.DTYPES[name]
             peer = _workload.plain_tokenizer(model, dtype)
             cases[f"public-few-{name} encode"] = _bind(peer.encode, images.to(dtype))
             cases[f"public-few-{name} decode"] = _bind(peer.decode, latents.to(dtype))
@@ -161,11 +161,11 @@ class Job:
         products = {}
         for name in dict.fromkeys(("fp32", fast)):
             # in the same rounds as the steps that are held against it
-            cases[f"matmul {name}"], products[name] = _machine.matmul(self.device, name, self.matmul_size)
+            cases[f"matmul {name}"], products[name] = machine.matmul(self.device, name, self.matmul_size)
         with torch.no_grad():
             times = self._compilable(cases)
         self.rates = {f"gemm_{name}_tflops": n / times[f"matmul {name}"].seconds / 1e12 for name, n in products.items()}
-        self.rates["copy_gb_s"] = _machine.copy_bandwidth(self.device)
+        self.rates["copy_gb_s"] = machine.copy_bandwidth(self.device)
         for key, timing in times.items():
             if key in self.rows:
                 self._sampling_values(key, timing, times, weights)
@@ -227,7 +227,7 @@ class Job:
             naive = key.startswith("public")
             element = 4 if row.dtype == "fp32" else 2
             need = _workload.train_bytes(self.size, row.tokens, batch, parameters, element, naive) / 2**30
-            free = _machine.available_memory_gb() if self.device.type == "cpu" else None
+            free = machine.available_memory_gb() if self.device.type == "cpu" else None
             if free is not None and need > 0.9 * free:
                 self.notes.append(
                     f"No training number for '{row.label}': needs about {need:.0f} GB, {free:.0f} GB free."
@@ -241,7 +241,7 @@ class Job:
             cases, self.device, until=self._until(0.9), rounds=self.rounds, tick=lambda k: self.tick(f"{k} training")
         )
         optimizers = {}
-        free = _machine.available_memory_gb() if self.device.type == "cpu" else None
+        free = machine.available_memory_gb() if self.device.type == "cpu" else None
         if free is not None and 12 * parameters / 2**30 > 0.9 * free:
             self.notes.append("No optimizer step: not enough free memory; training rates are forward + backward alone.")
         else:

@@ -26,11 +26,12 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from _machine import DTYPES, copy_bandwidth, describe, headline, matmul
-from _timing import interleave
 from baselines import load_needed
 from baselines.maetok import MAETok as PlainMAETok
 from baselines.sit import SiT as PlainSiT
+
+from maetok_fast.bench.machine import DTYPES, copy_bandwidth, describe, headline, matmul
+from maetok_fast.bench.timing import interleave
 
 Cases = dict[str, Callable[[], Any]]
 Row = dict[str, Any]

@@ -20,15 +20,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import _machine
 import _report
 import _workload
 import torch
 from _claims import Claim
 from _job import TRAIN_BATCH, Job, expected_ticks
-from _timing import release_memory
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from maetok_fast.bench import machine
+from maetok_fast.bench.timing import release_memory
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace, tick: Callable[[str], None]) -> tuple[Job, dic
     """All measurements; returns the job with its rows, the JSON's other fields and the claims."""
     start = time.perf_counter()
     job = Job(args, tick)
-    machine = _machine.describe(job.device)
+    about = machine.describe(job.device)
     images = job.tokenizer()
     tick("making the generators")
     models = _workload.Generators(job.size, args.tokens, args.res, job.device)
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace, tick: Callable[[str], None]) -> tuple[Job, dic
     release_memory(job.device)
     job.training(models)
     fields = {
-        "machine": machine,
+        "machine": about,
         "ceilings": job.rates,
         "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
         "batch": job.batch,
@@ -138,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
         job, fields, claims = run(args, tick)
     rows = list(job.rows.values())
     model = "-".join(("SiT", args.model[4:].upper())) if args.model.startswith("sit-") else args.model
-    title = f"{model}, {args.tokens} tokens, {args.res} px, on {_machine.headline(fields['machine'])}"
+    title = f"{model}, {args.tokens} tokens, {args.res} px, on {machine.headline(fields['machine'])}"
     console = Console(width=max(console.width, 132))
     _report.print_report(console, rows, claims, title, notes(job, fields))
     files = {name: args.out / name for name in ("contact_sheet.png", "throughput.png", "throughput.json")}

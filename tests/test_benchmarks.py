@@ -16,17 +16,17 @@ pytest.importorskip("rich")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import _claims
-import _machine
 import _report
 import _workload
 import throughput
 from _claims import CITED, COMPUTED, MEASURED, Claim, Factor
 from _job import Job, expected_ticks, guided_steps
-from _timing import PeakMemory, interleave
 from baselines import load_needed
 from baselines.sit import SiT as PlainSiT
 from baselines.sit import guided_step
 
+from maetok_fast.bench import machine
+from maetok_fast.bench.timing import PeakMemory, interleave
 from maetok_fast.diffusion import sample
 from maetok_fast.models import MAETok, MAETokConfig, SiT, SiTConfig, ViTSize
 
@@ -203,7 +203,7 @@ def test_slow_cases_run_once():
     assert (late["late"].samples, late["late"].warm) == (1, False)
 
 
-@pytest.mark.skipif(_machine.available_memory_gb() is None, reason="needs /proc")
+@pytest.mark.skipif(machine.available_memory_gb() is None, reason="needs /proc")
 def test_peak_memory_sees_an_allocation():
     with PeakMemory(CPU) as peak:
         torch.ones(64 * 2**20 // 4).sum()
@@ -211,13 +211,13 @@ def test_peak_memory_sees_an_allocation():
 
 
 def test_machine():
-    machine = _machine.describe(CPU)
-    assert machine["threads"] == torch.get_num_threads()
-    assert "torch" in _machine.headline(machine)
-    fn, flops = _machine.matmul(CPU, "bf16", 64)
+    about = machine.describe(CPU)
+    assert about["threads"] == torch.get_num_threads()
+    assert "torch" in machine.headline(about)
+    fn, flops = machine.matmul(CPU, "bf16", 64)
     assert fn().shape == (64, 64)
     assert flops == 2 * 64**3
-    assert _machine.copy_bandwidth(CPU, megabytes=1, seconds=0.01) > 0
+    assert machine.copy_bandwidth(CPU, megabytes=1, seconds=0.01) > 0
 
 
 # ---- reports
@@ -332,7 +332,7 @@ def test_bad_arguments(tmp_path, capsys):
 
 
 def test_too_little_memory_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(_machine, "available_memory_gb", lambda: 0.0)
+    monkeypatch.setattr(machine, "available_memory_gb", lambda: 0.0)
     job = Job(throughput.parse(tiny(tmp_path)))
     job.training(_workload.Generators(job.size, 8, 64, CPU))
     assert any("No training number" in note for note in job.notes)

@@ -1,8 +1,10 @@
 # Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
-"""Timing by interleaved rounds and medians, and peak memory.
+"""Timing by interleaved rounds, and peak memory.
 
-Cases that are to be compared run in turn, round after round, so that a slow phase of the machine hits all of them;
-what is reported is each case's median. A case too slow for rounds is timed in its first call and says so.
+Cases that are to be compared run in turn, round after round, so that a slow phase of the machine hits all of them.
+`interleave` is for models: whole calls, medians; a case too slow for rounds is timed in its first call and says so.
+`rounds` is for ops: short blocks of calls in random order, each case's samples paired round by round, so that ratios
+come with a spread.
 """
 
 from __future__ import annotations
@@ -11,16 +13,18 @@ import ctypes
 import gc
 import math
 import os
+import random
 import statistics
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from _machine import synchronize
+
+from .machine import synchronize
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,76 @@ def _once(fn: Callable[[], Any], device: torch.device) -> float:
     fn()
     synchronize(device)
     return time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The median of some samples and their quartiles."""
+
+    median: float
+    low: float
+    high: float
+    samples: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        ordered = sorted(values)
+        low, high = quantile(ordered, 0.25), quantile(ordered, 0.75)
+        return cls(statistics.median(ordered), low, high, len(ordered))
+
+
+def quantile(ordered: Sequence[float], at: float) -> float:
+    """The quantile of sorted values, linear between them."""
+    position = at * (len(ordered) - 1)
+    below = int(position)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (position - below)
+
+
+def rounds(
+    cases: Mapping[str, Callable[[], Any]],
+    device: torch.device,
+    *,
+    seconds: float,
+    least: int = 3,
+    most: int = 200,
+    block: float = 1e-3,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Seconds a call, one sample a round for every case, the rounds of all cases paired by index.
+
+    In each round the cases run in random order, and each in a block: one call that is not timed (it brings the case's
+    own data back into the cache that the case before has emptied; left out above 20 ms, where it changes nothing), then
+    as many as fill `block` seconds; the sample is their mean. Rounds end after `seconds`, but not before `least` and
+    not after `most`. Every case must have been called before (compiled, warmed up).
+    """
+    shuffle = random.Random(0)
+    names = list(cases)
+    calls, untimed = {}, {}
+    for name in names:
+        taken = _block(cases[name], device, 1, clock)
+        calls[name] = max(1, min(1000, round(block / max(taken, 1e-7))))
+        untimed[name] = taken < 20e-3
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    stop = clock() + seconds
+    for done in range(most):
+        if done >= least and clock() > stop:
+            break
+        shuffle.shuffle(names)
+        for name in names:
+            if untimed[name]:
+                cases[name]()
+            samples[name].append(_block(cases[name], device, calls[name], clock))
+    return samples
+
+
+def _block(fn: Callable[[], Any], device: torch.device, calls: int, clock: Callable[[], float]) -> float:
+    synchronize(device)
+    start = clock()
+    for _ in range(calls):
+        fn()
+    synchronize(device)
+    return (clock() - start) / calls
 
 
 class PeakMemory:
