@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .cases import COMPILE, COPY, DIRECTIONS, REFERENCE
+from .cases import COMPILE, COPY, REFERENCE
 from .machine import headline
 from .ops import MATMUL_SIZE, Row
 from .timing import Spread
@@ -15,7 +15,18 @@ from .timing import Spread
 if TYPE_CHECKING:
     from rich.table import Table
 
-COLUMNS = ("op, shape", "dtype", "direction", "backend", "ms", "x reference", "x torch.compile", "rate", "ceiling", "of it")
+COLUMNS = (
+    "op, shape",
+    "dtype",
+    "direction",
+    "backend",
+    "ms",
+    "x reference",
+    "x torch.compile",
+    "rate",
+    "ceiling",
+    "of it",
+)
 NOTES = (
     "Ratios are the peer's time over ours, the median of paired rounds and [quartiles]: above 1, ours is faster.",
     "Rates count the bytes and FLOPs that an ideal implementation must move and do (`Op.cost`). Forward+backward: 3 x "
@@ -71,16 +82,18 @@ def remarks(rows: Sequence[Row]) -> list[str]:
 
 def summary(rows: Sequence[Row]) -> list[tuple[str, str, str, float | None, float | None]]:
     """(op, dtype, direction, median ratio to the reference, to torch.compile) over an op's shapes."""
-    out = []
-    keys = dict.fromkeys((row.op, row.dtype, row.direction) for row in rows)
-    for key in sorted(keys, key=lambda k: (list(dict.fromkeys(r.op for r in rows)).index(k[0]), DIRECTIONS.index(k[2]))):
-        mine = [row for row in rows if (row.op, row.dtype, row.direction) == key]
-        ratios = [
-            statistics.median(found) if (found := [r.ratios[p].median for r in mine if p in r.ratios]) else None
-            for p in (REFERENCE, COMPILE)
-        ]
-        out.append((*key, *ratios))
-    return out
+    lines: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        lines.setdefault((row.op, row.direction, row.dtype), []).append(row)
+
+    def middle(found: list[Row], peer: str) -> float | None:
+        ratios = [row.ratios[peer].median for row in found if peer in row.ratios]
+        return statistics.median(ratios) if ratios else None
+
+    return [
+        (op, dtype, direction, middle(found, REFERENCE), middle(found, COMPILE))
+        for (op, direction, dtype), found in lines.items()
+    ]
 
 
 def rich_table(document: dict[str, Any]) -> Table:
