@@ -16,7 +16,20 @@ if __name__ != "maetok_fast.kernels":
 from ._op import Backend, BackendError, Cost, Op, Sample, backend, forced_backend, ops
 from .adaln import adaln, adaln_ref, gate_residual, gate_residual_ref
 from .ema import ema_update, ema_update_ref
+from .embed_tokens import decoder_tokens, decoder_tokens_ref, embed_tokens, embed_tokens_ref
+from .gather_tokens import gather_tokens, gather_tokens_ref, scatter_tokens, scatter_tokens_ref
 from .rope_attention import rope_attention, rope_attention_ref, rope_table
+from .token_mask import (
+    host_mask_count,
+    mask_counts,
+    mask_counts_ref,
+    random_mask,
+    random_mask_ref,
+    sample_mask,
+    sample_visible,
+    visible_index,
+    visible_index_ref,
+)
 
 __all__ = [
     "Backend",
@@ -27,13 +40,30 @@ __all__ = [
     "adaln",
     "adaln_ref",
     "backend",
+    "decoder_tokens",
+    "decoder_tokens_ref",
     "ema_update",
     "ema_update_ref",
+    "embed_tokens",
+    "embed_tokens_ref",
     "forced_backend",
     "gate_residual",
     "gate_residual_ref",
+    "gather_tokens",
+    "gather_tokens_ref",
+    "host_mask_count",
+    "mask_counts",
+    "mask_counts_ref",
     "ops",
+    "random_mask",
+    "random_mask_ref",
     "rope_attention",
     "rope_attention_ref",
     "rope_table",
+    "sample_mask",
+    "sample_visible",
+    "scatter_tokens",
+    "scatter_tokens_ref",
+    "visible_index",
+    "visible_index_ref",
 ]

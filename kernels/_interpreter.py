@@ -136,8 +136,9 @@ class _RedZones(TorchDispatchMode):
         if not (tensor.is_contiguous() and tensor.device.type == "cpu"):
             return tensor
         size = tensor.numel()
-        buffer = torch.full((size + 2 * _ZONE,), _SENTINEL, dtype=tensor.dtype)
-        inner = buffer[_ZONE : _ZONE + size].view(tensor.shape)
+        raw = torch.uint8 if tensor.dtype == torch.bool else tensor.dtype  # a bool holds no sentinel
+        buffer = torch.full((size + 2 * _ZONE,), _SENTINEL, dtype=raw)
+        inner = buffer[_ZONE : _ZONE + size].view(tensor.dtype).view(tensor.shape)
         inner.fill_(float("nan") if tensor.is_floating_point() else -1)
         self.buffers.append((buffer, size))
         return inner

@@ -20,6 +20,7 @@ __all__ = [
     "Tile",
     "arch",
     "attention_tile",
+    "column_block",
     "head_split",
     "next_power_of_2",
     "pretend_arch",
@@ -124,3 +125,9 @@ def row_chunk(rows: int) -> int:
     """Tokens one program of a backward row kernel takes: about 1024 programs in all (a few per multiprocessor), so
     that the partial sums stay a small fraction of what is read, 4 to 64 tokens each."""
     return min(64, max(4, next_power_of_2(rows // 1024)))
+
+
+def column_block(width: int) -> int:
+    """Columns one program of a row-copying kernel takes at a time: the largest of 256 and 128 that divides the width,
+    so that no lane idles at 768 and 1152, else as many as cover it, at most 256."""
+    return next((b for b in (256, 128) if width % b == 0), min(256, next_power_of_2(width)))

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from maetok_fast.kernels import rope_table
+from maetok_fast.kernels import decoder_tokens, embed_tokens, rope_table
 from maetok_fast.layers import axial_frequencies, grid_positions, mixed_frequencies, unpatchify
 from maetok_fast.models._checks import check_dtype, check_integers, check_tensor, height_width
 from maetok_fast.models.checkpoints import Pretrained
@@ -109,6 +109,11 @@ def grid_of(size: tuple[int, int], patch: int, what: str) -> tuple[int, int]:
     return height // patch, width // patch
 
 
+def _one(shared: Tensor | None) -> Tensor | None:
+    """(1, T, D) as the checkpoints hold it -> (T, D)."""
+    return None if shared is None else shared.squeeze(0)
+
+
 class _Half(nn.Module):
     """What encoder and decoder share: a ViT and its RoPE. Tables are made for the grid at hand, all layers at once."""
 
@@ -156,14 +161,17 @@ class Encoder(_Half):
     def embed(self, images: Tensor, mask: Tensor | None) -> Tensor:
         """images -> the sequence [cls | N patches | L latents] (B, 1 + N + L, D) before the blocks."""
         grid = images.shape[2] // self.patch, images.shape[3] // self.patch
-        x = self.model.patch_embed(images)
-        if mask is not None and self.mask_token is not None:
-            x = torch.where(mask.unsqueeze(-1), self.mask_token, x)
-        x = self.model.embed_positions(x, grid, absolute=True)
-        if self.num_latent_tokens:
-            z = self.latent_tokens + self.latent_pos_embed
-            x = torch.cat([x, z.expand(x.shape[0], -1, -1)], dim=1)
-        return x
+        patches = self.model.patch_embed(images)
+        token = self.mask_token if mask is not None else None
+        latents = self.latent_tokens + self.latent_pos_embed if self.num_latent_tokens else None
+        return embed_tokens(
+            patches,
+            None if token is None else mask,
+            None if token is None else token.flatten(),
+            self.model.positions(grid),
+            _one(self.model.cls_token),
+            _one(latents),
+        )
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
         """images -> (B, L, D), or (B, N, D) without latent tokens."""
@@ -203,13 +211,12 @@ class Decoder(_Half):
 
     def embed(self, z: Tensor, grid: tuple[int, int]) -> Tensor:
         """z (B, L or N, D) -> the sequence [cls? | N image tokens | L latents] before the blocks."""
-        x = z
-        if self.num_latent_tokens:
-            x = self.mask_token.expand(z.shape[0], grid[0] * grid[1], -1)
-        x = self.model.embed_positions(x, grid, absolute=self.position == "absolute")
-        if self.num_latent_tokens:
-            x = torch.cat([x, z + self.latent_pos_embed], dim=1)
-        return x
+        pos = self.model.positions(grid) if self.position == "absolute" else None
+        cls = _one(self.model.cls_token)
+        if not self.num_latent_tokens:
+            return embed_tokens(z, pos=pos, cls=cls)
+        token = self.mask_token.flatten()
+        return decoder_tokens(z, token, grid[0] * grid[1], pos, cls, _one(self.latent_pos_embed))
 
     def forward(self, z: Tensor, latents: Tensor, grid: tuple[int, int]) -> Tensor:
         """z = post_quant_conv(latents) (B, T, D), latents (B, T, H), grid (rows, columns) -> images (B, 3, H, W)."""

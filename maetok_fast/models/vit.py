@@ -136,13 +136,9 @@ class ViT(nn.Module):
             if isinstance(module, Modulation):
                 module.reset_parameters()
 
-    def embed_positions(self, x: Tensor, grid: tuple[int, int], absolute: bool) -> Tensor:
-        """Image tokens (B, N, D) -> [cls? | tokens], plus the learned positions of `grid` if `absolute`."""
-        pos = None
-        if absolute:
-            pos = resample_grid(self.pos_embed[:, 1:], self.grid, grid)
-            x = x + pos
-        if self.cls_token is None:
-            return x
-        cls = self.cls_token + self.pos_embed[:, :1] if absolute else self.cls_token
-        return torch.cat([cls.expand(x.shape[0], -1, -1), x], dim=1)
+    def positions(self, grid: tuple[int, int]) -> Tensor:
+        """The learned positions of `grid` (rows, columns): (N, D), or (1 + N, D) with the cls slot's first."""
+        pos = self.pos_embed
+        if grid != self.grid:
+            pos = torch.cat([pos[:, :1], resample_grid(pos[:, 1:], self.grid, grid)], dim=1)
+        return pos[0, 0 if self.cls_token is not None else 1 :]

@@ -1,0 +1,259 @@
+// out = [cls | image tokens] + pos, then latents + latent_pos; (B, P + N + L, D), and its gradients.
+//
+// An image token is its patch, or mask_token where mask is set or where there are no patches at all. Tokens are taken in
+// blocks of kRows and for each block all images: what the images share is brought to fp32 once and stays in the cache,
+// and so do the sums over the images in the backward. The sum for mask_token is kept per block and added in order, so
+// results do not depend on the number of threads.
+
+#include "cpu/types.h"
+
+namespace mf {
+
+struct EmbedArgs {
+  const uint8_t* mask;  // (B, N) or null
+  // Forward: inputs and out. Backward: their gradients, out is dy. data == null: absent.
+  Column patches, token, pos, cls, latents, latent_pos, out;
+  bool batched;   // latents (B, L, D), else (L, D)
+  bool replaced;  // no patches: every image token is the mask token
+  int64_t B, N, P, L, D;
+  float* rows;      // kRows + 1 rows of D floats per thread
+  float* partials;  // backward: blocks * D floats
+};
+
+constexpr int64_t kRows = 8;
+
+}  // namespace mf
+
+#ifdef MF_VARIANT
+#include "cpu/simd.h"
+
+namespace mf {
+namespace MF_VARIANT {
+
+// f(type of the sequence, type of the patches): the same, or a wider sequence.
+template <class F> MF_INLINE void with_types(const EmbedArgs& a, F f) {
+  if (a.patches.data == nullptr || a.patches.type == a.out.type) with_type(a.out.type, [&](auto t) { f(t, t); });
+  else if (a.patches.type == DType::bf16) f(float{}, bf16{});
+  else f(float{}, f16{});
+}
+
+// row += row `at` of c, if c is there
+MF_INLINE void add_row(float* row, Column c, int64_t at, int64_t D) {
+  if (c.data == nullptr) return;
+  with_type(c.type, [&](auto t) {
+    const auto* p = (const decltype(t)*)c.data + at * D;
+    each(D, [&](int64_t i, auto k) { store(row + i, load(row + i, k) + load(p + i, k), k); });
+  });
+}
+
+MF_INLINE void put_row(Column c, int64_t at, int64_t D, const float* row) {
+  if (c.data == nullptr) return;
+  each(D, [&](int64_t i, auto k) { store_row(c, at, D, i, load(row + i, k), k); });
+}
+
+template <class T, class TP> static void forward(const EmbedArgs& a) {
+  const int64_t D = a.D, S = a.P + a.N + a.L, image_end = a.P + a.N;
+#pragma omp parallel if (a.B * S * D > kSerial)
+  {
+    float* rows = a.rows + omp_get_thread_num() * (kRows + 1) * D;
+    const float* token = float_row(a.token, 0, D, rows + kRows * D);
+    const Share share = my_share((S + kRows - 1) / kRows);
+    for (int64_t block = share.begin; block < share.end; ++block) {
+      const int64_t first = block * kRows, last = first + kRows < S ? first + kRows : S;
+      for (int64_t t = first; t < last; ++t) {
+        float* row = rows + (t - first) * D;
+        memset(row, 0, sizeof(float) * D);
+        if (t < a.P) add_row(row, a.cls, t, D);
+        else if (t < image_end && a.replaced) add_row(row, a.token, 0, D);
+        else if (t >= image_end && !a.batched) add_row(row, a.latents, t - image_end, D);
+        if (t < image_end) add_row(row, a.pos, t, D);
+        else add_row(row, a.latent_pos, t - image_end, D);
+      }
+      for (int64_t b = 0; b < a.B; ++b)
+        for (int64_t t = first; t < last; ++t) {
+          const float* row = rows + (t - first) * D;
+          T* out = (T*)a.out.data + (b * S + t) * D;
+          if (t >= a.P && t < image_end && !a.replaced) {
+            const int64_t at = b * a.N + t - a.P;
+            if (a.mask != nullptr && a.mask[at]) {
+              each(D, [&](int64_t i, auto k) { store(out + i, load(token + i, k) + load(row + i, k), k); });
+            } else {
+              const TP* x = (const TP*)a.patches.data + at * D;
+              each(D, [&](int64_t i, auto k) { store(out + i, load(x + i, k) + load(row + i, k), k); });
+            }
+          } else if (t >= image_end && a.batched) {
+            with_type(a.latents.type, [&](auto type) {
+              const auto* x = (const decltype(type)*)a.latents.data + (b * a.L + t - image_end) * D;
+              each(D, [&](int64_t i, auto k) { store(out + i, load(x + i, k) + load(row + i, k), k); });
+            });
+          } else {
+            each(D, [&](int64_t i, auto k) { store(out + i, load(row + i, k), k); });
+          }
+        }
+    }
+  }
+}
+
+template <class T, class TP> static void backward(const EmbedArgs& a) {
+  const int64_t D = a.D, S = a.P + a.N + a.L, image_end = a.P + a.N, blocks = (S + kRows - 1) / kRows;
+  const bool latent_sums = a.latent_pos.data != nullptr || (!a.batched && a.latents.data != nullptr);
+  const bool image_sums = a.pos.data != nullptr || (a.replaced && a.token.data != nullptr);
+  const bool token_sums = a.token.data != nullptr && !a.replaced && a.mask != nullptr;
+#pragma omp parallel if (a.B * S * D > kSerial)
+  {
+    float* rows = a.rows + omp_get_thread_num() * (kRows + 1) * D;
+    const Share share = my_share(blocks);
+    for (int64_t block = share.begin; block < share.end; ++block) {
+      const int64_t first = block * kRows, last = first + kRows < S ? first + kRows : S;
+      float* token = a.partials + block * D;
+      memset(rows, 0, sizeof(float) * kRows * D);
+      memset(token, 0, sizeof(float) * D);
+      for (int64_t b = 0; b < a.B; ++b)
+        for (int64_t t = first; t < last; ++t) {
+          const T* dy = (const T*)a.out.data + (b * S + t) * D;
+          float* row = rows + (t - first) * D;
+          const bool image = t >= a.P && t < image_end, tail = t >= image_end;
+          const int64_t at = b * a.N + t - a.P;
+          const bool masked = image && a.mask != nullptr && a.mask[at];
+          TP* dx = image && a.patches.data != nullptr ? (TP*)a.patches.data + at * D : nullptr;
+          if (dx != nullptr && masked) memset(dx, 0, sizeof(TP) * D), dx = nullptr;
+          float* more = masked && token_sums ? token : nullptr;
+          const bool sums = image ? image_sums : tail ? latent_sums : true;
+          if (sums && dx != nullptr)
+            each(D, [&](int64_t i, auto k) {
+              const vf d = load(dy + i, k);
+              store(row + i, load(row + i, k) + d, k);
+              store(dx + i, d, k);
+            });
+          else if (dx != nullptr)
+            each(D, [&](int64_t i, auto k) { store(dx + i, load(dy + i, k), k); });
+          else if (sums && more != nullptr)
+            each(D, [&](int64_t i, auto k) {
+              const vf d = load(dy + i, k);
+              store(row + i, load(row + i, k) + d, k);
+              store(more + i, load(more + i, k) + d, k);
+            });
+          else if (sums || more != nullptr)
+            each(D, [&](int64_t i, auto k) {
+              float* to = sums ? row : more;
+              store(to + i, load(to + i, k) + load(dy + i, k), k);
+            });
+          if (tail && a.batched && a.latents.data != nullptr)
+            with_type(a.latents.type, [&](auto type) {
+              auto* dz = (decltype(type)*)a.latents.data + (b * a.L + t - image_end) * D;
+              each(D, [&](int64_t i, auto k) { store(dz + i, load(dy + i, k), k); });
+            });
+        }
+      for (int64_t t = first; t < last; ++t) {
+        const float* row = rows + (t - first) * D;
+        if (t < image_end) put_row(a.pos, t, D, row);
+        else put_row(a.latent_pos, t - image_end, D, row);
+        if (t < a.P) put_row(a.cls, t, D, row);
+        if (t >= image_end && !a.batched) put_row(a.latents, t - image_end, D, row);
+        if (t >= a.P && t < image_end && a.replaced)
+          each(D, [&](int64_t i, auto k) { store(token + i, load(token + i, k) + load(row + i, k), k); });
+      }
+    }
+    if (a.token.data != nullptr) {
+#pragma omp barrier
+      const Share columns = my_share((D + W - 1) / W);
+      for (int64_t column = columns.begin; column < columns.end; ++column) {
+        const int64_t i = column * W;
+        const Part k{(int)(D - i < W ? D - i : W)};
+        vf total = {};
+        for (int64_t block = 0; block < blocks; ++block) total += load(a.partials + block * D + i, k);
+        store_row(a.token, 0, D, i, total, k);
+      }
+    }
+  }
+}
+
+void embed_tokens_fwd(const EmbedArgs& a) {
+  with_types(a, [&](auto t, auto tp) { forward<decltype(t), decltype(tp)>(a); });
+}
+void embed_tokens_bwd(const EmbedArgs& a) {
+  with_types(a, [&](auto t, auto tp) { backward<decltype(t), decltype(tp)>(a); });
+}
+
+}  // namespace MF_VARIANT
+}  // namespace mf
+#endif
+
+#ifdef MF_HOST
+#include "common.h"
+#include "cpu/integers.h"
+
+MF_DECLARE(embed_tokens_fwd, EmbedArgs)
+MF_DECLARE(embed_tokens_bwd, EmbedArgs)
+
+namespace mf {
+namespace {
+
+Column rows_of(const MaybeTensor& t, const char* name, std::initializer_list<int64_t> shape) {
+  if (!t.has_value()) return {nullptr, DType::f32};
+  check_shape(t.value(), name, shape);
+  return {data(t), check_dense(t.value(), name)};
+}
+
+// Everything but the sizes, which forward and backward learn from different tensors.
+void fill(EmbedArgs& a, const TensorView& sequence, const MaybeTensor& mask, const MaybeTensor& patches,
+          const MaybeTensor& token, const MaybeTensor& pos, const MaybeTensor& cls, const MaybeTensor& latents,
+          const MaybeTensor& latent_pos) {
+  if (mask.has_value()) {
+    check_shape(mask.value(), "mask", {a.B, a.N});
+    check_integers(mask.value(), "mask", kDLBool, 8);
+    a.mask = data<uint8_t>(mask);
+  }
+  a.out = {data(sequence), check_dense(sequence, "the sequence")};
+  a.patches = rows_of(patches, "patches", {a.B, a.N, a.D});
+  if (patches.has_value() && a.patches.type != a.out.type && a.out.type != DType::f32)
+    TVM_FFI_THROW(TypeError) << "the sequence must be float32 or of the patches' " << dtype_name(a.patches.type)
+                             << "; got " << dtype_name(a.out.type);
+  a.token = rows_of(token, "mask_token", {a.D});
+  a.pos = rows_of(pos, "pos", {a.P + a.N, a.D});
+  a.cls = rows_of(cls, "cls", {a.P, a.D});
+  if (latents.has_value()) a.batched = latents.value().ndim() == 3;
+  a.latents = a.batched ? rows_of(latents, "latents", {a.B, a.L, a.D}) : rows_of(latents, "latents", {a.L, a.D});
+  a.latent_pos = rows_of(latent_pos, "latent_pos", {a.L, a.D});
+}
+
+void fwd(MaybeTensor patches, MaybeTensor mask, MaybeTensor token, MaybeTensor pos, MaybeTensor cls,
+         MaybeTensor latents, MaybeTensor latent_pos, TensorView out) {
+  check_ndim(out, "out", 3, "(B, P + N + L, D)");
+  EmbedArgs a{};
+  a.B = out.size(0), a.D = out.size(2);
+  a.P = cls.has_value() ? cls.value().size(0) : 0;
+  a.L = latents.has_value() ? latents.value().size(latents.value().ndim() - 2) : 0;
+  a.N = out.size(1) - a.P - a.L;
+  a.replaced = !patches.has_value();
+  fill(a, out, mask, patches, token, pos, cls, latents, latent_pos);
+  if ((a.replaced || mask.has_value()) && !token.has_value())
+    TVM_FFI_THROW(ValueError) << "mask_token must be given where tokens are replaced by it";
+  if (out.numel() == 0) return;
+  Scratch rows(omp_get_max_threads() * (kRows + 1) * a.D);
+  a.rows = rows.get();
+  MF_CALL(embed_tokens_fwd, a);
+}
+
+void bwd(TensorView dy, MaybeTensor mask, MaybeTensor dpatches, MaybeTensor dtoken, MaybeTensor dpos, MaybeTensor dcls,
+         MaybeTensor dlatents, MaybeTensor dlatent_pos, int64_t tokens, int64_t prefix, int64_t latents,
+         int64_t replaced) {
+  check_shape(dy, "dy", {dy.size(0), prefix + tokens + latents, dy.size(2)});
+  EmbedArgs a{};
+  a.B = dy.size(0), a.D = dy.size(2), a.N = tokens, a.P = prefix, a.L = latents;
+  a.replaced = replaced != 0;
+  fill(a, dy, mask, dpatches, dtoken, dpos, dcls, dlatents, dlatent_pos);
+  if (a.D == 0) return;
+  Scratch rows(omp_get_max_threads() * (kRows + 1) * a.D);
+  Scratch partials((prefix + tokens + latents + kRows - 1) / kRows * a.D);
+  a.rows = rows.get();
+  a.partials = partials.get();
+  MF_CALL(embed_tokens_bwd, a);
+}
+
+}  // namespace
+}  // namespace mf
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(embed_tokens_fwd, mf::fwd);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(embed_tokens_bwd, mf::bwd);
+#endif

@@ -1,0 +1,500 @@
+# Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
+"""mask_counts, random_mask, visible_index: which tokens of which image are masked, drawn on the device.
+
+    count = ceil(ratio * N),  ratio ~ truncnorm(a=(low - high) / 0.25, b=0, loc=high, scale=0.25)    one per step
+    mask[b] = the `count` tokens of image b with the smallest keys,  key = 32 random bits, ties by token index
+
+(MAETok, arXiv 2502.03444: low 0.4, high 0.6, mean 0.505.) A uniform permutation of the tokens whose first `count` are
+masked is the same as the `count` smallest of N random keys: the counts are exact, and nothing is sorted.
+
+    random words = Philox4x32-10 (Salmon et al. 2011),  key = (seed low, seed high),
+    counter = (n // 4, global image, step low, step high) -> four words, for tokens 4 (n // 4) .. 4 (n // 4) + 3
+              (2^32 - 1, 0, step low, step high)             -> the step's ratio; 2^32 - 2 and the image: its own ratio
+
+Everything is integer arithmetic of the device tensor `seed` = [seed, step] and the image's index in the global batch:
+one seed gives the same bits on every device and backend, for every split of the batch over ranks, and a captured CUDA
+graph draws anew when the step in `seed` is advanced in place. No value ever travels to the host. The ratio's inverse
+CDF too is a comparison of integers: the count is the number of thresholds F(k / N) * 2^53 below a 53-bit uniform, the
+thresholds being computed once on the host in fp64. Hence `host_mask_count`, the same number from the same integers
+without a device: what `drop` mode needs, whose shapes are static.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _native
+from ._op import EMPTY, Backend, Cost, Op, Sample
+from ._tiles import next_power_of_2, row_warps
+from ._triton import tl, triton
+
+__all__ = [
+    "host_mask_count",
+    "mask_counts",
+    "mask_counts_ref",
+    "random_mask",
+    "random_mask_ref",
+    "sample_mask",
+    "sample_visible",
+    "visible_index",
+    "visible_index_ref",
+]
+
+_WORD = 0xFFFFFFFF
+_STEP_RATIO, _IMAGE_RATIO = _WORD, _WORD - 1  # first counter words that no token has
+_SCALE = 0.25  # standard deviation of the normal that the ratio is cut from
+_MAX_TOKENS = 16384  # a Triton program holds one image's keys
+
+
+# ---- Philox, thresholds --------------------------------------------------------------------------------------------
+
+
+def _mul(a: Any, m: int) -> tuple[Any, Any]:
+    """(high, low) 32-bit words of a * m, for words in Python ints or int64 tensors: no product reaches 2^63."""
+    upper, lower = a * (m >> 16), a * (m & 0xFFFF)
+    return (upper + (lower >> 16)) >> 16, (((upper & 0xFFFF) << 16) + lower) & _WORD
+
+
+def _philox(counter: tuple[Any, Any, Any, Any], key: tuple[Any, Any]) -> tuple[Any, Any, Any, Any]:
+    """Four random words for four counter words and two key words (ints or int64 tensors that broadcast)."""
+    (c0, c1, c2, c3), (k0, k1) = counter, key
+    for _ in range(10):
+        (high0, low0), (high1, low1) = _mul(c0, 0xD2511F53), _mul(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
+    return c0, c1, c2, c3
+
+
+def _words(value: Any) -> tuple[Any, Any]:
+    """(low, high) words of a 64-bit integer."""
+    return value & _WORD, (value >> 32) & _WORD
+
+
+@functools.lru_cache(maxsize=256)
+def _thresholds(tokens: int, low: float, high: float) -> tuple[int, tuple[int, ...]]:
+    """(base, thresholds): count = base + number of thresholds below a uniform 53-bit integer.
+
+    The ratio is at most k / N with probability F(k / N) = 1 - erf((high - k/N) / (s sqrt 2)) / erf((high - low) /
+    (s sqrt 2)); k = base, base + 1, ... are those with low < k / N < high.
+    """
+    if low == high:  # 1e-6: a product like 0.55 * 100 = 55.000000000000007 means 55
+        return min(tokens, math.ceil(low * tokens - 1e-6)), ()
+    first = math.floor(low * tokens) + 1
+    inner = [k for k in range(first, tokens + 1) if k / tokens < high]
+    root = _SCALE * math.sqrt(2.0)
+    whole = math.erf((high - low) / root)
+    return first, tuple(int((1 - math.erf((high - k / tokens) / root) / whole) * 2**53) for k in inner)
+
+
+@functools.lru_cache(maxsize=64)
+def _threshold_table(tokens: int, low: float, high: float, device: torch.device) -> Tensor:
+    """The thresholds on a device, copied there once (before a capture, by its warm-up)."""
+    return torch.tensor(_thresholds(tokens, low, high)[1], dtype=torch.int64, device=device)
+
+
+def _check_ratios(tokens: int, low: float, high: float) -> None:
+    if not 0.0 <= low <= high <= 1.0:
+        raise ValueError(f"mask_counts: the ratio must lie in 0 <= low <= high <= 1, got low {low}, high {high}")
+    if tokens < 0:
+        raise ValueError(f"mask_counts: tokens must not be negative, got {tokens}")
+
+
+def host_mask_count(
+    seed: int, step: int, tokens: int, low: float = 0.4, high: float = 0.6, image: int | None = None
+) -> int:
+    """The count that `mask_counts` gives for `seed` = [seed, step], computed on the host from the same integers.
+
+    image: the image's index in the global batch where each image has its own ratio; None: the step's one ratio.
+    """
+    _check_ratios(tokens, low, high)
+    base, thresholds = _thresholds(tokens, float(low), float(high))
+    domain, index = (_STEP_RATIO, 0) if image is None else (_IMAGE_RATIO, image & _WORD)
+    r0, r1, _, _ = _philox((domain, index, *_words(step)), _words(seed))
+    uniform = ((r0 >> 5) << 26) | (r1 >> 6)
+    return base + sum(t < uniform for t in thresholds)
+
+
+# ---- reference -----------------------------------------------------------------------------------------------------
+
+
+def mask_counts_ref(
+    seed: Tensor,
+    batch: int,
+    tokens: int,
+    low: float = 0.4,
+    high: float = 0.6,
+    first_image: int = 0,
+    per_image: bool = False,
+) -> Tensor:
+    """How many tokens to mask: ceil(ratio * tokens), the ratio drawn from the normal N(high, 0.25^2) cut to [low, high].
+
+    seed (2,) int64 on the device: [seed, step]. low == high: that constant, without a draw; both 0: nothing is masked.
+    per_image False: one ratio for the whole step, the same on every rank; True: each image its own.
+    first_image: index in the global batch of this call's first image (rank * images per rank).
+    Returns (batch,) int32. Raises ValueError unless 0 <= low <= high <= 1. MAETok (arXiv 2502.03444): 0.4 to 0.6.
+    """
+    base, thresholds = _thresholds(tokens, float(low), float(high))
+    image = first_image + torch.arange(batch if per_image else 1, device=seed.device)
+    domain, index = (_IMAGE_RATIO, image & _WORD) if per_image else (_STEP_RATIO, image * 0)
+    r0, r1, _, _ = _philox((domain, index, *_words(seed[1])), _words(seed[0]))
+    uniform = ((r0 >> 5) << 26) | (r1 >> 6)
+    table = torch.tensor(thresholds, dtype=torch.int64, device=seed.device)
+    return (base + (table < uniform[:, None]).sum(1)).int().expand(batch).contiguous()
+
+
+def random_mask_ref(seed: Tensor, count: Tensor, tokens: int, first_image: int = 0) -> Tensor:
+    """Masks count[b] tokens of image b, chosen uniformly: exactly that many, and independently per image and step.
+
+    seed (2,) int64: [seed, step]; count (B,) int32 or int64, 0 .. tokens (beyond: none or all); both on the device.
+    first_image: index in the global batch of this call's first image; the masks of an image depend on nothing else.
+    Returns (B, tokens) bool, True = masked. Philox4x32-10 keys, see the module's docstring.
+    """
+    image = (first_image + torch.arange(count.shape[0], device=seed.device))[:, None] & _WORD
+    blocks = torch.arange(-(-tokens // 4), device=seed.device)
+    words = _philox((blocks, image, *_words(seed[1])), _words(seed[0]))
+    keys = torch.stack(words, -1).flatten(1)[:, :tokens]
+    rank = keys.argsort(stable=True, dim=1).argsort(1)
+    return rank < count[:, None]
+
+
+def visible_index_ref(mask: Tensor, visible: int) -> Tensor:
+    """Indices of each image's unmasked tokens, ascending: what `gather_tokens` and `rope_attention` take in drop mode.
+
+    mask (B, N) bool, True = masked; visible: K, how many tokens of each image are unmasked, known on the host.
+    Returns (B, K) int64. It is not checked that every row has K of them (that would wait for the device): where there
+    are more the last ones are left out, where there are fewer the first masked tokens follow.
+    """
+    return mask.byte().argsort(stable=True, dim=1)[:, :visible]
+
+
+# ---- Triton --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _philox_words(c0, c1, seed_ptr):
+    """Philox4x32-10 of the counters (c0, c1, step) under the key (seed): four words in uint64."""
+    step = tl.load(seed_ptr + 1).to(tl.uint64, bitcast=True)
+    seed = tl.load(seed_ptr).to(tl.uint64, bitcast=True)
+    c2 = step & 0xFFFFFFFF
+    c3 = step >> 32
+    k0 = seed & 0xFFFFFFFF
+    k1 = seed >> 32
+    for _ in tl.static_range(10):
+        p0 = c0 * 0xD2511F53
+        p1 = c2 * 0xCD9E8D57
+        c0 = (p1 >> 32) ^ c1 ^ k0
+        c1 = p1 & 0xFFFFFFFF
+        c2 = (p0 >> 32) ^ c3 ^ k1
+        c3 = p0 & 0xFFFFFFFF
+        k0 = (k0 + 0x9E3779B9) & 0xFFFFFFFF
+        k1 = (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def _mask_counts_kernel(
+    seed_ptr, table_ptr, out_ptr, base, first_image, K, PAD: tl.constexpr, PER_IMAGE: tl.constexpr
+):
+    """One program: one image. K thresholds."""
+    pid = tl.program_id(0)
+    image = ((pid.to(tl.int64) + first_image).to(tl.uint64) & 0xFFFFFFFF) * PER_IMAGE
+    domain = tl.full((), 0xFFFFFFFF - PER_IMAGE, tl.uint64)
+    r0, r1, _r2, _r3 = _philox_words(domain, image, seed_ptr)
+    uniform = (((r0 >> 5) << 26) | (r1 >> 6)).to(tl.int64)
+    offs = tl.arange(0, PAD)
+    table = tl.load(table_ptr + offs, mask=offs < K, other=0x7FFFFFFFFFFFFFFF)
+    tl.store(out_ptr + pid, base + tl.sum((table < uniform).to(tl.int32), 0))
+
+
+@triton.jit
+def _random_mask_kernel(seed_ptr, count_ptr, out_ptr, N, first_image, PAD: tl.constexpr):
+    """One program: one image. The threshold below which just `count` keys lie is found bit by bit; of the keys that
+    equal it the first ones by index fill up. 32 sums over the keys instead of the N^2 comparisons of a ranking."""
+    pid = tl.program_id(0)
+    c = tl.arange(0, PAD // 4).to(tl.uint64)
+    image = (pid.to(tl.int64) + first_image).to(tl.uint64) & 0xFFFFFFFF
+    r0, r1, r2, r3 = _philox_words(c, image, seed_ptr)
+    keys = tl.interleave(tl.interleave(r0, r2), tl.interleave(r1, r3)).to(tl.int64)
+    offs = tl.arange(0, PAD)
+    live = offs < N
+    keys = tl.where(live, keys, 1 << 40)
+    count = tl.load(count_ptr + pid).to(tl.int64)
+    threshold = tl.full((), 0, tl.int64)
+    for i in range(32):
+        candidate = threshold | (tl.full((), 1, tl.int64) << (31 - i))
+        threshold = tl.where(tl.sum((keys < candidate).to(tl.int32), 0) <= count, candidate, threshold)
+    below = keys < threshold
+    equal = keys == threshold
+    missing = count - tl.sum(below.to(tl.int32), 0)
+    masked = below | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= missing))
+    tl.store(out_ptr + pid.to(tl.int64) * N + offs, masked, mask=live)
+
+
+@triton.jit
+def _visible_index_kernel(mask_ptr, out_ptr, N, K, PAD: tl.constexpr):
+    """One program: one image. A token's place is its rank among the unmasked, or after them among the masked."""
+    pid = tl.program_id(0).to(tl.int64)
+    offs = tl.arange(0, PAD)
+    live = offs < N
+    masked = tl.load(mask_ptr + pid * N + offs, mask=live, other=1).to(tl.int32)
+    shown = 1 - masked
+    at = tl.where(masked != 0, tl.sum(shown, 0) + tl.cumsum(masked, 0), tl.cumsum(shown, 0)) - 1
+    tl.store(out_ptr + pid * K + at, offs.to(tl.int64), mask=live & (at < K))
+
+
+# ---- launchers -----------------------------------------------------------------------------------------------------
+
+
+def _padded(tokens: int) -> dict[str, int]:
+    pad = max(4, next_power_of_2(tokens))
+    return {"PAD": pad, "num_warps": row_warps(pad)}
+
+
+def _counts_args(seed: Tensor, tokens: int, low: float, high: float) -> tuple[int, Tensor]:
+    base, _ = _thresholds(tokens, float(low), float(high))
+    return base, _threshold_table(tokens, float(low), float(high), seed.device)
+
+
+def _counts_triton(
+    seed: Tensor, batch: int, tokens: int, low: float, high: float, first_image: int, per_image: bool
+) -> tuple[Tensor, ...]:
+    base, table = _counts_args(seed, tokens, low, high)
+    out = seed.new_empty(batch, dtype=torch.int32)
+    _mask_counts_kernel[(batch,)](
+        seed, table, out, base, first_image, table.shape[0],
+        PAD=max(1, next_power_of_2(table.shape[0])), PER_IMAGE=int(per_image), num_warps=row_warps(table.shape[0]),
+    )  # fmt: skip
+    return (out,)
+
+
+def _counts_native(
+    seed: Tensor, batch: int, tokens: int, low: float, high: float, first_image: int, per_image: bool
+) -> tuple[Tensor, ...]:
+    base, table = _counts_args(seed, tokens, low, high)
+    out = seed.new_empty(batch, dtype=torch.int32)
+    _native.lib().mask_counts(seed, table, out, base, first_image, int(per_image))
+    return (out,)
+
+
+def _mask_triton(seed: Tensor, count: Tensor, tokens: int, first_image: int) -> tuple[Tensor, ...]:
+    out = seed.new_empty(count.shape[0], tokens, dtype=torch.bool)
+    _random_mask_kernel[(count.shape[0],)](seed, count, out, tokens, first_image, **_padded(tokens))
+    return (out,)
+
+
+def _mask_native(seed: Tensor, count: Tensor, tokens: int, first_image: int) -> tuple[Tensor, ...]:
+    out = seed.new_empty(count.shape[0], tokens, dtype=torch.bool)
+    _native.lib().random_mask(seed, count, out, first_image)
+    return (out,)
+
+
+def _visible_triton(mask: Tensor, visible: int) -> tuple[Tensor, ...]:
+    batch, tokens = mask.shape
+    out = mask.new_empty(batch, visible, dtype=torch.int64)
+    _visible_index_kernel[(batch,)](mask, out, tokens, visible, **_padded(tokens))
+    return (out,)
+
+
+def _visible_native(mask: Tensor, visible: int) -> tuple[Tensor, ...]:
+    out = mask.new_empty(mask.shape[0], visible, dtype=torch.int64)
+    _native.lib().visible_index(mask, out)
+    return (out,)
+
+
+# ---- records -------------------------------------------------------------------------------------------------------
+
+
+def _check_seed(op: str, seed: Tensor) -> None:
+    if tuple(seed.shape) != (2,):
+        raise ValueError(f"{op}: seed must be (2,), [seed, step], got {tuple(seed.shape)}")
+
+
+def _counts_check(
+    seed: Tensor, batch: int, tokens: int, low: float, high: float, first_image: int, per_image: bool
+) -> None:
+    _check_seed("mask_counts", seed)
+    _check_ratios(tokens, low, high)
+
+
+def _mask_check(seed: Tensor, count: Tensor, tokens: int, first_image: int) -> None:
+    _check_seed("random_mask", seed)
+    if count.ndim != 1:
+        raise ValueError(f"random_mask: count must be (B,), one number per image, got {tuple(count.shape)}")
+
+
+def _visible_check(mask: Tensor, visible: int) -> None:
+    if mask.ndim != 2:
+        raise ValueError(f"visible_index: mask must be (B, N), got {tuple(mask.shape)}")
+    if not 0 <= visible <= mask.shape[1]:
+        raise ValueError(f"visible_index: visible must lie in 0 .. {mask.shape[1]}, got {visible}")
+
+
+def _too_many(backend: str, tokens: int) -> str | None:
+    if backend == "triton" and tokens > _MAX_TOKENS:
+        return f"{tokens} tokens: a program holds one image's, at most {_MAX_TOKENS}"
+    return None
+
+
+def _counts_unsupported(backend: str, seed: Tensor, batch: int, tokens: int, *rest: Any) -> str | None:
+    return EMPTY if batch == 0 else _too_many(backend, tokens)
+
+
+def _mask_unsupported(backend: str, seed: Tensor, count: Tensor, tokens: int, *rest: Any) -> str | None:
+    return EMPTY if count.shape[0] == 0 or tokens == 0 else _too_many(backend, tokens)
+
+
+def _visible_unsupported(backend: str, mask: Tensor, visible: int) -> str | None:
+    return EMPTY if mask.shape[0] == 0 or visible == 0 else _too_many(backend, mask.shape[1])
+
+
+Randn = Callable[..., Tensor]
+
+
+def _seed_of(randn: Randn) -> Tensor:
+    return (randn(2, dtype=torch.float32) * 1e12).to(torch.int64)
+
+
+def _counts_case(label: str, real: bool = False, **arguments: Any) -> Sample:
+    return Sample(label, lambda randn: {"seed": _seed_of(randn), **arguments}, real)
+
+
+def _counts_samples() -> Iterable[Sample]:
+    yield _counts_case("one ratio", batch=3, tokens=16)
+    yield _counts_case("a ratio per image", batch=5, tokens=37, low=0.1, high=1.0, first_image=7, per_image=True)
+    yield _counts_case("constant", batch=2, tokens=9, low=0.5, high=0.5)
+    yield _counts_case("MAETok-B 256 px", real=True, batch=32, tokens=256)
+    yield _counts_case("MAETok-B 512 px", real=True, batch=32, tokens=1024)
+
+
+def _mask_case(label: str, batch: int, tokens: int, first_image: int = 0, real: bool = False) -> Sample:
+    def make(randn: Randn) -> dict[str, Any]:
+        count = (randn(batch, dtype=torch.float32).abs() * tokens * 0.6).to(torch.int64)  # some beyond tokens
+        return {"seed": _seed_of(randn), "count": count, "tokens": tokens, "first_image": first_image}
+
+    return Sample(label, make, real)
+
+
+def _mask_samples() -> Iterable[Sample]:
+    yield _mask_case("counts differ", 5, 16)
+    yield _mask_case("no power of two, later images", 3, 37, first_image=2**31)
+    yield _mask_case("one token", 2, 1)
+    for batch, tokens, label in ((32, 256, "256 px"), (32, 1024, "512 px"), (8, 4096, "1024 px")):
+        yield _mask_case(f"MAETok-B {label}", batch, tokens, real=True)
+
+
+def _visible_case(label: str, batch: int, tokens: int, visible: int, real: bool = False) -> Sample:
+    return Sample(label, lambda randn: {"mask": randn(batch, tokens) > 0, "visible": visible}, real)
+
+
+def _visible_samples() -> Iterable[Sample]:
+    yield _visible_case("half", 3, 16, 7)
+    yield _visible_case("all, no power of two", 2, 21, 21)
+    yield _visible_case("one", 4, 5, 1)
+    yield _visible_case("MAETok-B 256 px", 32, 256, 128, real=True)
+    yield _visible_case("MAETok-B 512 px", 32, 1024, 512, real=True)
+
+
+def _counts_cost(seed: Tensor, batch: int, tokens: int, **rest: Any) -> Cost:
+    return Cost(0, seed.nbytes + 4 * batch, 1)
+
+
+def _mask_cost(seed: Tensor, count: Tensor, tokens: int, first_image: int = 0) -> Cost:
+    return Cost(0, seed.nbytes + count.nbytes + count.shape[0] * tokens, 1)
+
+
+def _visible_cost(mask: Tensor, visible: int) -> Cost:
+    return Cost(0, mask.nbytes + 8 * mask.shape[0] * visible, 1)
+
+
+mask_counts = Op(
+    "mask_counts",
+    ref=mask_counts_ref,
+    cpu=(Backend("native", _counts_native, None, library="native"),),
+    cuda=(Backend("triton", _counts_triton, None, library="triton"),),
+    fake=lambda name, seed, batch, *rest: (seed.new_empty(batch, dtype=torch.int32),),
+    check=_counts_check,
+    unsupported=_counts_unsupported,
+    samples=_counts_samples,
+    cost=_counts_cost,
+    own_dtypes={"seed": (torch.int64,)},
+    differentiable=False,
+)
+
+random_mask = Op(
+    "random_mask",
+    ref=random_mask_ref,
+    cpu=(Backend("native", _mask_native, None, library="native"),),
+    cuda=(Backend("triton", _mask_triton, None, library="triton"),),
+    fake=lambda name, seed, count, tokens, *rest: (seed.new_empty(count.shape[0], tokens, dtype=torch.bool),),
+    check=_mask_check,
+    unsupported=_mask_unsupported,
+    samples=_mask_samples,
+    cost=_mask_cost,
+    own_dtypes={"seed": (torch.int64,), "count": (torch.int32, torch.int64)},
+    differentiable=False,
+)
+
+visible_index = Op(
+    "visible_index",
+    ref=visible_index_ref,
+    cpu=(Backend("native", _visible_native, None, library="native"),),
+    cuda=(Backend("triton", _visible_triton, None, library="triton"),),
+    fake=lambda name, mask, visible: (mask.new_empty(mask.shape[0], visible, dtype=torch.int64),),
+    check=_visible_check,
+    unsupported=_visible_unsupported,
+    samples=_visible_samples,
+    cost=_visible_cost,
+    own_dtypes={"mask": (torch.bool,)},
+    differentiable=False,
+)
+
+
+# ---- what a training loop calls ------------------------------------------------------------------------------------
+
+
+def sample_mask(
+    seed: Tensor,
+    batch: int,
+    tokens: int,
+    low: float = 0.4,
+    high: float = 0.6,
+    first_image: int = 0,
+    per_image: bool = False,
+) -> Tensor:
+    """A step's masks (batch, tokens) bool for replace mode: `random_mask` of `mask_counts`, nothing leaves the device.
+
+    seed (2,) int64 on the device: [seed, step]; advance it in place, `seed[1] += 1`, also between replays of a CUDA
+    graph. The other arguments as in `mask_counts`.
+    """
+    return random_mask(seed, mask_counts(seed, batch, tokens, low, high, first_image, per_image), tokens, first_image)
+
+
+def sample_visible(
+    seed: Tensor, count: int | Sequence[int], batch: int, tokens: int, first_image: int = 0
+) -> tuple[Tensor, Tensor]:
+    """A step's masks (batch, tokens) bool and indices of visible tokens (batch, tokens - count) int64 for drop mode.
+
+    count: masked tokens per image, on the host, because the shapes depend on it: `host_mask_count(seed, step, tokens)`
+    gives the number that `mask_counts` would draw, without a word from the device. Counts that differ between images
+    are refused: a batch is one tensor; replace mode takes them.
+    """
+    if isinstance(count, Tensor):
+        raise TypeError("sample_visible: count must be an int on the host, got a tensor; use host_mask_count(...)")
+    counts = {count} if isinstance(count, int) else set(count)
+    if len(counts) != 1:
+        raise ValueError(
+            f"sample_visible: drop mode needs one count for all images of a batch, got {sorted(counts)}; draw one ratio "
+            "per step, or use replace mode, which takes a count per image"
+        )
+    (masked,) = counts
+    if not 0 <= masked <= tokens:
+        raise ValueError(f"sample_visible: count must lie in 0 .. {tokens}, got {masked}")
+    per_image = torch.full((batch,), masked, dtype=torch.int32, device=seed.device)
+    mask = random_mask(seed, per_image, tokens, first_image)
+    return mask, visible_index(mask, tokens - masked)
