@@ -24,6 +24,20 @@ not depend on the number of threads. ``T | None`` may be None.
     gate_residual_fwd(x, gate, branch, y, gate_kind)
     gate_residual_bwd(dy, gate, branch, dbranch, dgate, gate_kind)
         gate_kind 0: (D,), 1: (B, D), 2: (B, N, D); for 2 gate and dgate have x's dtype, else any of the three
+    mask_counts(seed, table, out, base, first_image, per_image): out[b] = base + table entries below the uniform
+    random_mask(seed, count, out, first_image): Philox4x32-10 as in token_mask.py
+    visible_index(mask, out)
+        seed (2,), table (K,) int64; count (B,) int32 or int64; mask (B, N) bool;
+        out (B,) int32, (B, N) bool, (B, K) int64
+    embed_tokens_fwd(patches|None, mask|None, mask_token|None, pos|None, cls|None, latents|None, latent_pos|None, out)
+    embed_tokens_bwd(dy, mask|None, dpatches|None, dmask_token|None, dpos|None, dcls|None, dlatents|None,
+                     dlatent_pos|None, N, P, L, replaced)
+        out, dy (B, P + N + L, D); patches (B, N, D) of the same type, or 16-bit with out fp32; mask (B, N) bool; the
+        others of any of the three types: (D,), (P + N, D), (P, D), (L, D) or (B, L, D), (L, D); no patches: replaced
+    move_rows(x, index, fill|None, y, scatter)
+    fill_sum(dy, index, dfill)
+        y (B, K, D) = rows index (B, K) int64 of x (B, M, D), or scatter: y (B, N, D) = x (B, K, D) in rows index, else
+        fill (D,) or 0; dfill (D,) = sum of the rows of dy (B, N, D) that no index names; indices are checked
     attention_bf16(q, k, v, out, lse): AMX attention, where attention_bf16_usable() is 1
     attention_bf16_bwd(q, k, v, out, dout, lse, dq, dk, dv)
         q, dq, out, dout (B, Nq, H, hd), k, v, dk, dv (B, N, H, hd) bfloat16, heads and channels contiguous, out and

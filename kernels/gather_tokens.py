@@ -132,7 +132,7 @@ def _move_triton(x: Tensor, index: Tensor, fill: Tensor | None, rows: int, scatt
 
 
 def _block_k(index: Tensor) -> int:
-    return min(256, next_power_of_2(index.shape[1]))
+    return min(128, next_power_of_2(index.shape[1]))
 
 
 def _move_native(x: Tensor, index: Tensor, fill: Tensor | None, rows: int, scatter: bool) -> Tensor:
@@ -168,9 +168,7 @@ def _gather_backend(name: str, move: Move) -> Backend:
     def forward(x: Tensor, index: Tensor) -> tuple[Tensor, ...]:
         return (move(x, index, None, index.shape[1], False),)
 
-    def backward(
-        dy: Tensor, saved: Sequence[Tensor], args: tuple[Any, ...], needs: Needs
-    ) -> Sequence[Tensor | None]:
+    def backward(dy: Tensor, saved: Sequence[Tensor], args: tuple[Any, ...], needs: Needs) -> Sequence[Tensor | None]:
         x, index = args
         return [move(dy, index, None, x.shape[1], True), None]
 
@@ -181,9 +179,7 @@ def _scatter_backend(name: str, move: Move, fill_sum: Callable[[Tensor, Tensor, 
     def forward(x: Tensor, index: Tensor, fill: Tensor | None, tokens: int) -> tuple[Tensor, ...]:
         return (move(x, index, fill, tokens, True),)
 
-    def backward(
-        dy: Tensor, saved: Sequence[Tensor], args: tuple[Any, ...], needs: Needs
-    ) -> Sequence[Tensor | None]:
+    def backward(dy: Tensor, saved: Sequence[Tensor], args: tuple[Any, ...], needs: Needs) -> Sequence[Tensor | None]:
         _x, index, fill, _tokens = args
         dx = move(dy, index, None, index.shape[1], False) if needs[0] else None
         return [dx, None, fill_sum(dy, index, fill) if needs[2] else None, None]

@@ -21,6 +21,7 @@ struct EmbedArgs {
 };
 
 constexpr int64_t kRows = 8;
+constexpr int kImages = 4;  // the backward adds up this many images in registers before it touches the sum
 
 }  // namespace mf
 
@@ -37,13 +38,16 @@ template <class F> MF_INLINE void with_types(const EmbedArgs& a, F f) {
   else f(float{}, f16{});
 }
 
-// row += row `at` of c, if c is there
-MF_INLINE void add_row(float* row, Column c, int64_t at, int64_t D) {
-  if (c.data == nullptr) return;
-  with_type(c.type, [&](auto t) {
-    const auto* p = (const decltype(t)*)c.data + at * D;
-    each(D, [&](int64_t i, auto k) { store(row + i, load(row + i, k) + load(p + i, k), k); });
+// Row i of a plus row j of b in fp32, either may be absent: a tensor's own row where one is fp32 and alone, else `buffer`.
+MF_INLINE const float* sum_rows(Column a, int64_t i, Column b, int64_t j, int64_t D, float* buffer) {
+  if (a.data == nullptr && b.data == nullptr) return (const float*)memset(buffer, 0, sizeof(float) * D);
+  if (a.data == nullptr || b.data == nullptr) return a.data == nullptr ? float_row(b, j, D, buffer) : float_row(a, i, D, buffer);
+  const float* first = float_row(a, i, D, buffer);
+  with_type(b.type, [&](auto t) {
+    const auto* second = (const decltype(t)*)b.data + j * D;
+    each(D, [&](int64_t n, auto k) { store(buffer + n, load(first + n, k) + load(second + n, k), k); });
   });
+  return buffer;
 }
 
 MF_INLINE void put_row(Column c, int64_t at, int64_t D, const float* row) {
@@ -56,22 +60,21 @@ template <class T, class TP> static void forward(const EmbedArgs& a) {
 #pragma omp parallel if (a.B * S * D > kSerial)
   {
     float* rows = a.rows + omp_get_thread_num() * (kRows + 1) * D;
-    const float* token = float_row(a.token, 0, D, rows + kRows * D);
+    const float *token = float_row(a.token, 0, D, rows + kRows * D), *shared[kRows];
+    const Column none{nullptr, DType::f32};
     const Share share = my_share((S + kRows - 1) / kRows);
     for (int64_t block = share.begin; block < share.end; ++block) {
       const int64_t first = block * kRows, last = first + kRows < S ? first + kRows : S;
       for (int64_t t = first; t < last; ++t) {
         float* row = rows + (t - first) * D;
-        memset(row, 0, sizeof(float) * D);
-        if (t < a.P) add_row(row, a.cls, t, D);
-        else if (t < image_end && a.replaced) add_row(row, a.token, 0, D);
-        else if (t >= image_end && !a.batched) add_row(row, a.latents, t - image_end, D);
-        if (t < image_end) add_row(row, a.pos, t, D);
-        else add_row(row, a.latent_pos, t - image_end, D);
+        const int64_t latent = t - image_end;
+        shared[t - first] = t < a.P          ? sum_rows(a.cls, t, a.pos, t, D, row)
+                            : t < image_end ? sum_rows(a.replaced ? a.token : none, 0, a.pos, t, D, row)
+                                            : sum_rows(a.batched ? none : a.latents, latent, a.latent_pos, latent, D, row);
       }
       for (int64_t b = 0; b < a.B; ++b)
         for (int64_t t = first; t < last; ++t) {
-          const float* row = rows + (t - first) * D;
+          const float* row = shared[t - first];
           T* out = (T*)a.out.data + (b * S + t) * D;
           if (t >= a.P && t < image_end && !a.replaced) {
             const int64_t at = b * a.N + t - a.P;
@@ -94,6 +97,8 @@ template <class T, class TP> static void forward(const EmbedArgs& a) {
   }
 }
 
+template <int N> struct Images { static constexpr int n = N; };
+
 template <class T, class TP> static void backward(const EmbedArgs& a) {
   const int64_t D = a.D, S = a.P + a.N + a.L, image_end = a.P + a.N, blocks = (S + kRows - 1) / kRows;
   const bool latent_sums = a.latent_pos.data != nullptr || (!a.batched && a.latents.data != nullptr);
@@ -106,43 +111,50 @@ template <class T, class TP> static void backward(const EmbedArgs& a) {
     for (int64_t block = share.begin; block < share.end; ++block) {
       const int64_t first = block * kRows, last = first + kRows < S ? first + kRows : S;
       float* token = a.partials + block * D;
-      memset(rows, 0, sizeof(float) * kRows * D);
       memset(token, 0, sizeof(float) * D);
-      for (int64_t b = 0; b < a.B; ++b)
+      if (a.B == 0) memset(rows, 0, sizeof(float) * kRows * D);
+      for (int64_t b = 0; b < a.B; b += kImages)
         for (int64_t t = first; t < last; ++t) {
-          const T* dy = (const T*)a.out.data + (b * S + t) * D;
-          float* row = rows + (t - first) * D;
           const bool image = t >= a.P && t < image_end, tail = t >= image_end;
-          const int64_t at = b * a.N + t - a.P;
-          const bool masked = image && a.mask != nullptr && a.mask[at];
-          TP* dx = image && a.patches.data != nullptr ? (TP*)a.patches.data + at * D : nullptr;
-          if (dx != nullptr && masked) memset(dx, 0, sizeof(TP) * D), dx = nullptr;
-          float* more = masked && token_sums ? token : nullptr;
           const bool sums = image ? image_sums : tail ? latent_sums : true;
-          if (sums && dx != nullptr)
+          float* row = rows + (t - first) * D;
+          const T* dy[kImages];
+          TP* dx[kImages] = {};
+          bool masked[kImages] = {}, any = false, writes = tail && a.batched && a.latents.data != nullptr;
+          const int count = (int)(a.B - b < kImages ? a.B - b : kImages);
+          for (int j = 0; j < count; ++j) {
+            dy[j] = (const T*)a.out.data + ((b + j) * S + t) * D;
+            if (!image) continue;
+            const int64_t at = (b + j) * a.N + t - a.P;
+            masked[j] = a.mask != nullptr && a.mask[at];
+            if (a.patches.data != nullptr) dx[j] = (TP*)a.patches.data + at * D;
+            if (dx[j] != nullptr && masked[j]) memset(dx[j], 0, sizeof(TP) * D), dx[j] = nullptr;
+            masked[j] = masked[j] && token_sums;
+            writes = writes || dx[j] != nullptr;
+            any = any || masked[j];
+          }
+          if (!sums && !any && !writes) continue;
+          const auto group = [&](auto n) {
             each(D, [&](int64_t i, auto k) {
-              const vf d = load(dy + i, k);
-              store(row + i, load(row + i, k) + d, k);
-              store(dx + i, d, k);
+              vf s = b > 0 ? load(row + i, k) : (vf){}, m = any ? load(token + i, k) : (vf){};
+              for (int j = 0; j < (n.n > 0 ? n.n : count); ++j) {
+                const vf d = load(dy[j] + i, k);
+                s += d;
+                if (masked[j]) m += d;
+                if (dx[j] != nullptr) store(dx[j] + i, d, k);
+              }
+              if (sums) store(row + i, s, k);
+              if (any) store(token + i, m, k);
             });
-          else if (dx != nullptr)
-            each(D, [&](int64_t i, auto k) { store(dx + i, load(dy + i, k), k); });
-          else if (sums && more != nullptr)
-            each(D, [&](int64_t i, auto k) {
-              const vf d = load(dy + i, k);
-              store(row + i, load(row + i, k) + d, k);
-              store(more + i, load(more + i, k) + d, k);
-            });
-          else if (sums || more != nullptr)
-            each(D, [&](int64_t i, auto k) {
-              float* to = sums ? row : more;
-              store(to + i, load(to + i, k) + load(dy + i, k), k);
-            });
+          };
+          if (count == kImages) group(Images<kImages>{});
+          else group(Images<0>{});
           if (tail && a.batched && a.latents.data != nullptr)
-            with_type(a.latents.type, [&](auto type) {
-              auto* dz = (decltype(type)*)a.latents.data + (b * a.L + t - image_end) * D;
-              each(D, [&](int64_t i, auto k) { store(dz + i, load(dy + i, k), k); });
-            });
+            for (int j = 0; j < count; ++j)
+              with_type(a.latents.type, [&](auto type) {
+                auto* dz = (decltype(type)*)a.latents.data + ((b + j) * a.L + t - image_end) * D;
+                each(D, [&](int64_t i, auto k) { store(dz + i, load(dy[j] + i, k), k); });
+              });
         }
       for (int64_t t = first; t < last; ++t) {
         const float* row = rows + (t - first) * D;
@@ -150,7 +162,7 @@ template <class T, class TP> static void backward(const EmbedArgs& a) {
         else put_row(a.latent_pos, t - image_end, D, row);
         if (t < a.P) put_row(a.cls, t, D, row);
         if (t >= image_end && !a.batched) put_row(a.latents, t - image_end, D, row);
-        if (t >= a.P && t < image_end && a.replaced)
+        if (t >= a.P && t < image_end && a.replaced && image_sums)
           each(D, [&](int64_t i, auto k) { store(token + i, load(token + i, k) + load(row + i, k), k); });
       }
     }

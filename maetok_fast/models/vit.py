@@ -138,7 +138,7 @@ class ViT(nn.Module):
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
         """The learned positions of `grid` (rows, columns): (N, D), or (1 + N, D) with the cls slot's first."""
-        pos = self.pos_embed
+        pos: Tensor = self.pos_embed
         if grid != self.grid:
             pos = torch.cat([pos[:, :1], resample_grid(pos[:, 1:], self.grid, grid)], dim=1)
         return pos[0, 0 if self.cls_token is not None else 1 :]
