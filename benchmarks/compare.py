@@ -73,7 +73,7 @@ def base_tree(ref: str, cache: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=tree) as folder:
         source = Path(folder) / "source"
         with tarfile.open(fileobj=BytesIO(git("archive", commit))) as archive:
-            archive.extractall(source, filter="data")
+            archive.extractall(source, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
         _library(source)
         package = Path(folder) / BASE_NAME
         shutil.copytree(source / "kernels", package / "kernels")

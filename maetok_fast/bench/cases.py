@@ -274,4 +274,35 @@ def _linear_maker(rows: int, inner: int, outer: int, act: str, dtype: str) -> Ca
     return make
 
 
-EXTRAS: dict[str, Callable[[Sequence[str], Sequence[str]], Iterator[Case]]] = {"packed_linear": _packed_linear}
+def _ema_update(dtypes: Sequence[str], directions: Sequence[str]) -> Iterator[Case]:
+    """The EMA (fp32) of one SiT-XL block's parameters, which are fp32 or bf16, against torch's foreach functions."""
+    for dtype in dtypes:
+        if FORWARD in directions:
+            yield Case("ema_update", "SiT-XL block", dtype, FORWARD, _ema_maker(dtype))
+
+
+def _ema_maker(dtype: str) -> Callable[[torch.device, bool], Work]:
+    def make(device: torch.device, compile_: bool) -> Work:
+        from maetok_fast.kernels.ema import ema_update
+
+        width = 1152
+        weights = [(n * width, m * width) for n, m in ((3, 1), (1, 1), (4, 1), (1, 4), (6, 1))]
+        shapes = [shape for weight in weights for shape in (weight, weight[:1])]
+        params = [torch.ones(shape, device=device, dtype=DTYPES[dtype]) for shape in shapes]
+        mine, other = ([torch.zeros(shape, device=device) for shape in shapes] for _ in range(2))
+
+        def plain() -> None:
+            torch._foreach_lerp_(other, [p.float() for p in params], 1e-4)
+
+        count = sum(p.numel() for p in params)
+        work = Work({}, {REFERENCE: plain}, count * (8 + params[0].element_size()), 3 * count)
+        work.ours["ema_update"] = lambda: ema_update(mine, params, 0.9999)
+        return work
+
+    return make
+
+
+EXTRAS: dict[str, Callable[[Sequence[str], Sequence[str]], Iterator[Case]]] = {
+    "packed_linear": _packed_linear,
+    "ema_update": _ema_update,
+}

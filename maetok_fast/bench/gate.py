@@ -32,7 +32,7 @@ from .timing import quantile
 LIMIT = 1.05  # head / base above this is a regression: half way to the 10 % that must never pass
 DOUBT = 1.03  # above this one process is not believed
 CERTAIN = 4.0  # standard errors
-LEAST, MOST = 12, 2000  # windows
+LEAST, MOST = 16, 2000  # windows
 
 Call = Callable[[], object]
 Clock = Callable[[], float]
