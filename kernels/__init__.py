@@ -14,9 +14,11 @@ if __name__ != "maetok_fast.kernels":
     )
 
 from ._op import Backend, BackendError, Cost, Op, Sample, backend, forced_backend, ops
-from .adaln import adaln, adaln_ref, gate_residual, gate_residual_ref
+from .activation import bias_gelu, bias_gelu_ref, swiglu, swiglu_ref
+from .adaln import adaln, adaln_ref, residual_adaln, residual_adaln_ref
 from .ema import ema_update, ema_update_ref
 from .embed_tokens import decoder_tokens, decoder_tokens_ref, embed_tokens, embed_tokens_ref
+from .gate_residual import gate_residual, gate_residual_ref
 from .gather_tokens import gather_tokens, gather_tokens_ref, scatter_tokens, scatter_tokens_ref
 from .rope_attention import rope_attention, rope_attention_ref, rope_table
 from .token_mask import (
@@ -40,6 +42,8 @@ __all__ = [
     "adaln",
     "adaln_ref",
     "backend",
+    "bias_gelu",
+    "bias_gelu_ref",
     "decoder_tokens",
     "decoder_tokens_ref",
     "ema_update",
@@ -57,6 +61,8 @@ __all__ = [
     "ops",
     "random_mask",
     "random_mask_ref",
+    "residual_adaln",
+    "residual_adaln_ref",
     "rope_attention",
     "rope_attention_ref",
     "rope_table",
@@ -64,6 +70,8 @@ __all__ = [
     "sample_visible",
     "scatter_tokens",
     "scatter_tokens_ref",
+    "swiglu",
+    "swiglu_ref",
     "visible_index",
     "visible_index_ref",
 ]

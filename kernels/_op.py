@@ -210,6 +210,9 @@ class Op:
     autocast: "lower": under autocast fp32 tensors are cast to the autocast dtype; "promote": no autocast; the tensors
         are brought to their widest dtype, as torch's own elementwise type promotion does.
     fp32: names of tensors that are always fp32 (fp64 for a reference run in fp64), whatever the others are.
+    uncast: names of tensors that take part in the promotion but are handed on in their own floating dtype, with
+        gradients in it: the kernels read any of the three, so that no converted copy is made (a bf16 branch added to an
+        fp32 residual stream). The reference promotes by itself.
     own_dtypes: name -> the dtypes that this tensor may have (masks, indices, uint8 pixels): it is handed on as it is
         and takes no part in the dtype rule. All other tensors are floating-point.
     residual: name of the argument whose gradient is the output's own gradient (x in x + f), so nobody copies it.
@@ -232,6 +235,7 @@ class Op:
     differentiable: bool = True
     autocast: str = "promote"
     fp32: frozenset[str] = frozenset()
+    uncast: frozenset[str] = frozenset()
     own_dtypes: Mapping[str, tuple[torch.dtype, ...]] = field(default_factory=dict)
     residual: str | None = None
 
@@ -250,6 +254,7 @@ class Op:
         self._defaults = tuple(p.default for p in self._params)
         self._own = tuple(self.own_dtypes.get(name) for name in self.names)
         self._fp32_at = tuple(name in self.fp32 for name in self.names)
+        self._cast_at = tuple(name not in self.uncast and name not in self.own_dtypes for name in self.names)
         self._residual_at = -1 if self.residual is None else self.names.index(self.residual)
         self.__doc__, self.__name__, self.__signature__ = self.ref.__doc__, self.name, signature
         self._forward_op = self._register()
@@ -321,8 +326,8 @@ class Op:
                 target = torch.promote_types(target, dtype)
         full = torch.float64 if target == torch.float64 else torch.float32
         out = []
-        for value, rule, fp32 in zip(args, ruled, self._fp32_at):
-            if rule:
+        for value, cast, fp32 in zip(args, self._cast_at, self._fp32_at):
+            if cast and isinstance(value, Tensor):
                 wanted = full if fp32 else target
                 value = value if value.dtype == wanted else value.to(wanted)
             out.append(value)

@@ -17,6 +17,8 @@ import torch
 
 __all__ = [
     "ATTENTION_TILES",
+    "ELEMENTWISE",
+    "MAX_ROW",
     "Tile",
     "arch",
     "attention_tile",
@@ -25,6 +27,7 @@ __all__ = [
     "next_power_of_2",
     "pretend_arch",
     "row_chunk",
+    "row_options",
     "row_warps",
 ]
 
@@ -114,6 +117,17 @@ def attention_tile(kernel: str, itemsize: int, head_dim: int, rotates: bool) -> 
                 if arch() >= least:
                     return tile
     raise ValueError(f"no tile for kernel {kernel!r}, {itemsize}-byte elements, head_dim {head_dim}, sm_{arch()}")
+
+
+# 8 elements a thread: 16 bytes of bf16 in each load and store
+ELEMENTWISE = {"BLOCK_D": 1024, "num_warps": 4}
+
+MAX_ROW = 16384  # elements of a row that one program keeps in registers
+
+
+def row_options(width: int) -> dict[str, int]:
+    """Launch options of a kernel in which one program holds one row of `width` elements: D, PAD, num_warps."""
+    return {"D": width, "PAD": next_power_of_2(width), "num_warps": row_warps(width)}
 
 
 def row_warps(width: int) -> int:

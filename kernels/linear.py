@@ -119,7 +119,7 @@ class PackedLinear(nn.Module):
         name, variant = self._epilogue if self._native_kind is None else ("none", "")
         y = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, name, [], variant)
         if self._native_kind is not None:
-            _native.lib().activation_bf16(y, self._native_kind)
+            _native.lib().bias_act_fwd(y, None, y, self._native_kind)
         return _apart(y, add, mul)
 
     def extra_repr(self) -> str:

@@ -2,10 +2,11 @@
 """The `torch.nn` modules that every model here is made of: thin state over the ops of `maetok_fast.kernels`.
 
     tokens (B, N, D)
-      │  adaln            LayerNorm, with or without modulation (per sample, or per token on the last T tokens)
+      │  adaln            LayerNorm, RMSNorm, with or without modulation (per sample, or per token, the last T tokens)
       │  Attention        qkv Linear -> rope_attention (q/k norm, 2-D RoPE, only the queries needed) -> proj Linear
       │  gate_residual    x + gate * branch; LayerScale's gamma (D,) and DiT's gate (B, D) are both gates
-      │  Mlp | SwiGLU
+      │  residual_adaln   gate_residual and the next norm in one pass: `norm.after(x, branch, gate, ...)`
+      │  Mlp | SwiGLU     Linear -> bias_gelu | swiglu -> Linear
 
 Parameter names are those of timm and of the public DiT/SiT code (`qkv`, `proj`, `fc1`, `fc2`, `gamma`, `w12`, ...), so
 weights load without renaming. The functions at the end hold the position facts: pixel order, sin/cos tables and RoPE
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from maetok_fast.kernels import adaln, gate_residual, rope_attention
+from maetok_fast.kernels import adaln, bias_gelu, gate_residual, residual_adaln, rope_attention, swiglu
 
 __all__ = [
     "Attention",
@@ -45,13 +46,53 @@ __all__ = [
 ]
 
 
-class LayerNorm(nn.Module):
-    """LayerNorm over the last dimension through the `adaln` op, eps 1e-6, optionally modulated.
+def _read_dtype(x: Tensor) -> str:
+    """The dtype in which a linear reads what a norm writes, by name: under autocast its dtype (the norm then writes it,
+    once), else "", the norm's own."""
+    device = x.device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return ""
+    return str(torch.get_autocast_dtype(device)).removeprefix("torch.")
+
+
+class _Norm(nn.Module):
+    """A norm over the last dimension through the `adaln` op, optionally modulated.
 
     `forward(x, shift, scale, offset)`: `norm(x) * (offset + scale) + shift`; shift and scale are (B, D) for all tokens
     or (B, T, D) for the last T tokens, offset is 1.0 (DiT) or 0.0 (MoVQ). Without them it is the plain norm.
-    `affine=True` adds `weight` and `bias` (D,).
+    `after(x, branch, gate, shift, scale, offset)`: the same of h = x + gate * branch in one pass -> (h, norm of h);
+    gate is (D,), (B, D) or None for 1.
+
+    Under autocast the result has the autocast dtype, which is what the linear behind it reads (torch's norms return
+    fp32 there, and the linear converts); statistics and modulation are fp32 all the same, and h keeps x's dtype.
     """
+
+    kind = "layer"
+    eps: float
+    weight: Tensor | None
+    bias: Tensor | None
+
+    def forward(
+        self, x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None, offset: float = 1.0
+    ) -> Tensor:
+        return adaln(x, shift, scale, self.weight, self.bias, self.eps, offset, _read_dtype(x), self.kind)
+
+    def after(
+        self,
+        x: Tensor,
+        branch: Tensor,
+        gate: Tensor | None = None,
+        shift: Tensor | None = None,
+        scale: Tensor | None = None,
+        offset: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:
+        return residual_adaln(
+            x, branch, gate, shift, scale, self.weight, self.bias, self.eps, offset, _read_dtype(x), self.kind
+        )
+
+
+class LayerNorm(_Norm):
+    """LayerNorm, eps 1e-6; `affine=True` adds `weight` and `bias` (D,). See `_Norm` for the modulated forms."""
 
     def __init__(self, dim: int, eps: float = 1e-6, affine: bool = True) -> None:
         super().__init__()
@@ -59,28 +100,17 @@ class LayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim)) if affine else None
         self.bias = nn.Parameter(torch.zeros(dim)) if affine else None
 
-    def forward(
-        self, x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None, offset: float = 1.0
-    ) -> Tensor:
-        return adaln(x, shift, scale, self.weight, self.bias, eps=self.eps, offset=offset)
 
+class RMSNorm(_Norm):
+    """`x * rsqrt(mean(x^2) + eps) * weight`, weight (D,), eps 1e-6 (LLaMA's definition). See `_Norm`."""
 
-class RMSNorm(nn.Module):
-    """`x * rsqrt(mean(x^2) + eps) * weight` over the last dimension (D,), eps 1e-6 (LLaMA's definition)."""
+    kind = "rms"
+    bias = None
 
     def __init__(self, dim: int, eps: float = 1e-6) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(
-        self, x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None, offset: float = 1.0
-    ) -> Tensor:
-        """The norm, then `* (offset + scale) + shift` with per-sample (B, D) shift and scale where given."""
-        y = F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        if scale is not None:
-            y = y * (offset + scale.unsqueeze(1))
-        return y if shift is None else y + shift.unsqueeze(1)
 
 
 class Attention(nn.Module):
@@ -153,7 +183,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate=self.approximate))
+        return self.fc2(bias_gelu(self.fc1(x), None, self.approximate))
 
 
 class SwiGLU(nn.Module):
@@ -165,8 +195,7 @@ class SwiGLU(nn.Module):
         self.w3 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        a, b = self.w12(x).chunk(2, dim=-1)
-        return self.w3(F.silu(a) * b)
+        return self.w3(swiglu(self.w12(x)))
 
 
 class Modulation(nn.Sequential):
@@ -187,7 +216,8 @@ class Modulation(nn.Sequential):
 
 
 class LayerScale(nn.Module):
-    """`forward(x, branch) = x + gamma * branch` with a learned gamma (D,) (CaiT; DINOv2 starts at 1e-5)."""
+    """`forward(x, branch) = x + gamma * branch` with a learned gamma (D,) (CaiT; DINOv2 starts at 1e-5), one pass of
+    `gate_residual`; followed by a norm, `norm.after(x, branch, gamma)` is one pass for both."""
 
     def __init__(self, dim: int, init: float = 1e-5) -> None:
         super().__init__()

@@ -92,7 +92,7 @@ def test_input_with_odd_strides() -> None:
 def test_native_activation_on_every_bf16_value(kind: int, activation: str) -> None:
     x = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
     got = x.clone()
-    _native.lib().activation_bf16(got, kind)
+    _native.lib().bias_act_fwd(got, None, got, kind)
     assert got[x.isnan()].isnan().all()
     assert got[x == float("inf")].item() == float("inf")
     finite = x.isfinite()
@@ -105,13 +105,14 @@ def test_native_activation_on_every_bf16_value(kind: int, activation: str) -> No
     assert (error <= exact.abs() * 2**-8 * 1.01 + 1e-32).all()
 
 
-def test_native_activation_refuses_other_dtypes() -> None:
+def test_native_activation_refuses_other_kinds() -> None:
     if _native.why_missing() is not None:
         pytest.skip("native library missing")
-    with pytest.raises(TypeError, match="bfloat16"):
-        _native.lib().activation_bf16(torch.zeros(4), 0)
+    x = torch.zeros(4, dtype=torch.bfloat16)
+    with pytest.raises(TypeError, match="y must be bfloat16 like x"):
+        _native.lib().bias_act_fwd(x, None, x.float(), 0)
     with pytest.raises(ValueError, match="kind"):
-        _native.lib().activation_bf16(torch.zeros(4, dtype=torch.bfloat16), 2)
+        _native.lib().bias_act_fwd(x, None, x, 3)
 
 
 def test_errors_and_why() -> None:

@@ -107,7 +107,7 @@ def test_adaln(
     lib, mod, sample = _native.lib(), mode != "none", int(mode == "sample")
     y, moments = poisoned(x), torch.empty(B * N, 2)
     arguments = [t if keep else None for t, keep in ((shift, mod), (scale, mod), (weight, affine), (bias, affine))]
-    lib.adaln_fwd(x, *arguments, y, moments, 1e-6, offset, sample)
+    lib.adaln_fwd(x, *arguments, y, moments, 1e-6, offset, sample, 0)
     dx, dshift, dscale = poisoned(x), poisoned(shift), poisoned(scale)
     dweight, dbias = (poisoned(weight, torch.float32) for _ in range(2))
     outs = (
@@ -117,7 +117,7 @@ def test_adaln(
         dweight if affine else None,
         dbias if affine else None,
     )
-    lib.adaln_bwd(dy, x, *arguments[1:], moments, *outs, offset, sample)
+    lib.adaln_bwd(dy, x, *arguments[1:], moments, *outs, offset, sample, 0)
     present = [True, True, mod, mod, affine, affine]
     names = [n for n, p in zip(["y", "dx", "dshift", "dscale", "dweight", "dbias"], present, strict=True) if p]
     check(
@@ -243,8 +243,8 @@ def test_empty_inputs() -> None:
     lib.gate_residual_bwd(x, gate, x, x.clone(), dgate, 0)
     assert torch.equal(dgate, torch.zeros(8))
     dweight = poisoned(gate)
-    lib.adaln_fwd(x, None, None, gate, None, x.clone(), torch.empty(0, 2), 1e-6, 1.0, 0)
-    lib.adaln_bwd(x, x, None, gate, None, torch.empty(0, 2), x.clone(), None, None, dweight, None, 1.0, 0)
+    lib.adaln_fwd(x, None, None, gate, None, x.clone(), torch.empty(0, 2), 1e-6, 1.0, 0, 0)
+    lib.adaln_bwd(x, x, None, gate, None, torch.empty(0, 2), x.clone(), None, None, dweight, None, 1.0, 0, 0)
     assert torch.equal(dweight, torch.zeros(8))
     qkv = torch.empty(2, 0, 3, 4, 8)
     lib.rope_rotate(qkv, None, *[None] * 5, torch.empty(2, 0, 4, 8), torch.empty(2, 0, 4, 8), 0, 0, 0, 1e-6)
@@ -257,8 +257,8 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
 
     def outputs() -> list[Tensor]:
         moments, dx, ds, dw, dg = torch.empty(387, 2), x.clone(), shift.clone(), x[0, 0].clone(), x[0, 0].clone()
-        lib.adaln_fwd(x, shift, scale, None, None, dx, moments, 1e-6, 1.0, 1)
-        lib.adaln_bwd(dy, x, scale, dw, None, moments, dx, ds, None, dw, None, 1.0, 1)
+        lib.adaln_fwd(x, shift, scale, None, None, dx, moments, 1e-6, 1.0, 1, 0)
+        lib.adaln_bwd(dy, x, scale, dw, None, moments, dx, ds, None, dw, None, 1.0, 1, 0)
         lib.gate_residual_bwd(dy, dw, x, None, dg, 0)
         dqkv, drope, dweights = qkv.clone(), rope.clone(), torch.empty(4, 48)
         lib.rope_rotate_bwd(qkv, rope, *[None] * 5, grad, grad, grad, dqkv, drope, dweights, 0, 0, 1, 1e-6)
@@ -290,9 +290,9 @@ def test_errors_name_the_argument_and_the_cure() -> None:
     with pytest.raises(TypeError, match="y must be float32 like x; got bfloat16"):
         lib.gate_residual_fwd(x, gate, x, x.bfloat16(), 0)
     with pytest.raises(ValueError, match=r"mean_rstd must have shape \(10, 2\)"):
-        lib.adaln_fwd(x, None, None, None, None, x.clone(), torch.empty(9, 2), 1e-6, 1.0, 0)
+        lib.adaln_fwd(x, None, None, None, None, x.clone(), torch.empty(9, 2), 1e-6, 1.0, 0, 0)
     with pytest.raises(ValueError, match="T = 1 with per_sample = 1"):
-        lib.adaln_fwd(x, torch.randn(2, 3, 8), None, None, None, x.clone(), torch.empty(10, 2), 1e-6, 1.0, 1)
+        lib.adaln_fwd(x, torch.randn(2, 3, 8), None, None, None, x.clone(), torch.empty(10, 2), 1e-6, 1.0, 1, 0)
     qkv, out = torch.randn(1, 4, 3, 2, 8), torch.empty(1, 4, 2, 8)
     with pytest.raises(ValueError, match=r"rope covers tokens 2\.\.6, outside the 4"):
         lib.rope_rotate(qkv, torch.randn(2, 2, 4, 4), *[None] * 5, out, out.clone(), 2, 0, 0, 1e-6)

@@ -445,8 +445,8 @@ def test_arguments_are_bound_like_a_python_call() -> None:
         ops()["rope_attention"](torch.zeros(1, 2, 3, 1, 8), prefix=1.0)
     with pytest.raises(TypeError, match=r"floating-point tensor as shift, got torch.int64"):
         adaln(x, torch.zeros(1, 8, dtype=torch.int64))
-    with pytest.raises(TypeError, match="takes 7 arguments but 8"):
-        adaln(x, None, None, None, None, 1e-6, 1.0, 2)
+    with pytest.raises(TypeError, match="takes 9 arguments but 10"):
+        adaln(x, None, None, None, None, 1e-6, 1.0, "", "layer", 2)
 
 
 def test_one_name_is_registered_once() -> None:

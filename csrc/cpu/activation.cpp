@@ -1,110 +1,340 @@
-// activation_bf16: tanh-GELU or SiLU of a bf16 tensor, in place, for the output of a linear layer.
+// The activations of MLPs: act(x + bias) and its gradients, and SwiGLU, silu(a) * b of a packed (a | b).
 //
-//   gelu_tanh(v) = v / (1 + exp(-2u)), u = sqrt(2/pi) (v + 0.044715 v^3)        silu(v) = v / (1 + exp(-v))
+//   gelu       v Phi(v) = v (1 + erf(v / sqrt 2)) / 2      d = Phi(v) + v exp(-v^2/2) / sqrt(2 pi)
+//   gelu_tanh  v s(2u), u = sqrt(2/pi) (v + 0.044715 v^3)   d = s + v s (1 - s) 2u'
+//   silu       v s(v)                                       d = s + v s (1 - s)
 //
-// Both are one exponential and one division in fp32, rounded once. The exponential is 2^n times a polynomial of degree 5
-// in [-1/2, 1/2], relative error 2.4e-6: 1/800 of a bf16 step, hence bf16 only. oneDNN's tanh epilogue evaluates a table
-// of polynomials per element instead and costs 25-30 % of the GEMM of an MLP's first layer; this pass costs half of it.
-#ifdef MF_VARIANT
-#include <omp.h>
-
-#include <cstring>
-#endif
-#include <cstdint>
+// with s(t) = 1 / (1 + exp(-t)). x (rows, D), bias (D,) or absent, y like x or x itself; backward reads x again, keeps
+// nothing else, and sums dbias over chunks of rows in a fixed order. All in fp32, rounded once.
+//
+// exp is 2^n times a polynomial in [-1/2, 1/2]: degree 7 (below fp32's rounding), and degree 5 for 16-bit types (relative
+// error 2.4e-6: 1/200 of an fp16 step, 1/800 of a bf16 step). erf is x times a rational function of x^2, fitted to a
+// relative error of 2.1e-8, on |x| < 3.95 and +-1 beyond. oneDNN's tanh epilogue evaluates a table of polynomials per
+// element instead and costs 25-30 % of the GEMM of an MLP's first layer; this pass in place costs half of it.
 
 #include "cpu/types.h"
 
 namespace mf {
 
 struct ActivationArgs {
-  uint16_t* x;
-  int64_t count;
-  bool gelu;
+  Column x, bias, y;       // forward; bias may be absent
+  Column dy, dx;           // backward
+  float* dbias;            // (D,) or null
+  int64_t rows, D;
+  int kind;                // 0 gelu_tanh, 1 silu, 2 gelu
+  float* buffers;          // D floats per thread
+  float* partials;         // chunks(rows) * D floats
+};
+
+struct SwigluArgs {
+  Column x, y;             // (rows, 2H), (rows, H)
+  Column dy, dx;
+  int64_t rows, H;
 };
 
 }  // namespace mf
 
 #ifdef MF_VARIANT
-namespace mf::MF_VARIANT {
-namespace {
+#include "cpu/simd.h"
 
-inline float as_float(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
+namespace mf {
+namespace MF_VARIANT {
 
-inline uint32_t as_bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  return bits;
-}
-
-// 2^t for t in [-126, 126]. Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits.
-inline float exp2_short(float t) {
-  const float shifted = t + 12582912.f;
-  const float f = t - (shifted - 12582912.f);
-  float p = 1.3333558e-3f;
-  p = p * f + 9.6181291e-3f;
-  p = p * f + 5.5504109e-2f;
-  p = p * f + 2.4022651e-1f;
-  p = p * f + 6.9314718e-1f;
-  p = p * f + 1.f;
-  return as_float(as_bits(p) + (as_bits(shifted) << 23));
-}
-
-// v / (1 + 2^t); below -1e4 the quotient is zero in bf16, and v is cut there lest it beat the clamped power.
-inline uint16_t finish(float v, float t) {
-  t = t < -126.f ? -126.f : t;
-  t = t > 126.f ? 126.f : t;
-  const float top = v < -1e4f ? -1e4f : v;
-  const uint32_t bits = as_bits(top / (1.f + exp2_short(t)));
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  return static_cast<uint16_t>(v != v ? 0x7fc0 : rounded);
-}
-
-template <bool GELU>
-void run(uint16_t* x, int64_t count) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    const float v = as_float(static_cast<uint32_t>(x[i]) << 16);
-    // -2 log2(e) sqrt(2/pi) (v + 0.044715 v^3), or -log2(e) v
-    x[i] = finish(v, GELU ? v * (-2.3022082f - 0.10294324f * v * v) : -1.4426950f * v);
+// 2^t. Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits. 0 below 2^-126, infinity from
+// 2^128 on; NaN gives some number: callers multiply by the argument.
+template <bool LONG> MF_INLINE vf exp2_of(vf t) {
+  const vf low = splat(-126.0f), high = splat(128.0f), magic = splat(12582912.0f);
+  vf c = t > high ? high : t;
+  c = c < low ? low : c;
+  const vf shifted = c + magic, f = c - (shifted - magic);
+  vf p;
+  if (LONG) {
+    p = splat(1.5252734e-5f);
+    p = p * f + splat(1.5403530e-4f);
+    p = p * f + splat(1.3333558e-3f);
+    p = p * f + splat(9.6181291e-3f);
+    p = p * f + splat(5.5504109e-2f);
+    p = p * f + splat(2.4022651e-1f);
+    p = p * f + splat(6.9314718e-1f);
+  } else {
+    p = splat(1.3333558e-3f);
+    p = p * f + splat(9.6181291e-3f);
+    p = p * f + splat(5.5504109e-2f);
+    p = p * f + splat(2.4022651e-1f);
+    p = p * f + splat(6.9314718e-1f);
   }
+  p = p * f + splat(1.0f);
+  const vf scaled = (vf)((vu)p + ((vu)shifted << 23));
+  return t < low ? (vf){} : scaled;
 }
 
-}  // namespace
+// exp(-t); in fp32 with what the product t log2 e lost in rounding. The cut at 90 keeps infinities out of that difference.
+template <bool LONG> MF_INLINE vf exp_minus(vf t) {
+  if (!LONG) return exp2_of<false>(t * splat(-1.4426950f));
+  vf c = t > splat(90.0f) ? splat(90.0f) : t;
+  c = c < splat(-90.0f) ? splat(-90.0f) : c;
+  const vf product = c * splat(-1.44269502f);
+  const vf lost = (c * splat(-1.44269502f) - product) + c * splat(-1.92596303e-8f);
+  return exp2_of<true>(product) * (splat(1.0f) + lost * splat(0.69314718f));
+}
 
-void activation(const ActivationArgs& a) {
-#pragma omp parallel
+template <bool LONG> MF_INLINE vf sigmoid(vf t) { return splat(1.0f) / (splat(1.0f) + exp_minus<LONG>(t)); }
+
+// s(t) and 1 - s(t), the latter without cancellation.
+struct Logistic { vf s, rest; };
+template <bool LONG> MF_INLINE Logistic logistic(vf t) {
+  vf e = exp_minus<LONG>(t);
+  e = e > splat(1e30f) ? splat(1e30f) : e;
+  const vf s = splat(1.0f) / (splat(1.0f) + e);
+  return {s, e * s};
+}
+
+MF_INLINE vf erf_of(vf x) {
+  const vf one = splat(1.0f), end = splat(3.95f), z = x * x;
+  vf p = splat(2.0257564e-6f), q = splat(3.7829151e-5f);
+  p = p * z + splat(2.8466736e-4f);
+  q = q * z + splat(1.1706338e-3f);
+  p = p * z + splat(3.8078928e-3f);
+  q = q * z + splat(1.5054561e-2f);
+  p = p * z + splat(5.2874565e-2f);
+  q = q * z + splat(1.1455759e-1f);
+  p = p * z + splat(1.9154610e-1f);
+  q = q * z + splat(5.0308599e-1f);
+  p = p * z + splat(1.1283791f);
+  q = q * z + one;
+  const vf inside = x * p / q;
+  return x > end ? one : x < -end ? -one : inside;
+}
+
+constexpr float kTwoRootTwoOverPi = 1.5957691216f, kCubic = 0.044715f;
+
+template <int KIND, bool LONG> MF_INLINE vf act(vf v) {
+  if (KIND == 0) return v * sigmoid<LONG>(splat(kTwoRootTwoOverPi) * v * (splat(1.0f) + splat(kCubic) * v * v));
+  if (KIND == 1) return v * sigmoid<LONG>(v);
+  return splat(0.5f) * v * (splat(1.0f) + erf_of(v * splat(0.70710678f)));
+}
+
+template <int KIND, bool LONG> MF_INLINE vf act_slope(vf v) {
+  const vf one = splat(1.0f);
+  if (KIND == 2) {
+    const vf density = splat(0.39894228f) * exp_minus<LONG>(splat(0.5f) * v * v);
+    return splat(0.5f) * (one + erf_of(v * splat(0.70710678f))) + v * density;
+  }
+  const vf cubic = splat(kCubic) * v * v;
+  const vf u = KIND == 0 ? splat(kTwoRootTwoOverPi) * v * (one + cubic) : v;
+  const vf slope = KIND == 0 ? splat(kTwoRootTwoOverPi) * (one + splat(3.0f) * cubic) : one;
+  const Logistic l = logistic<LONG>(u);
+  return l.s + v * slope * l.s * l.rest;
+}
+
+template <class F> MF_INLINE void with_kind(int kind, F f) {
+  struct K0 { enum { value = 0 }; };
+  struct K1 { enum { value = 1 }; };
+  struct K2 { enum { value = 2 }; };
+  if (kind == 0) f(K0{});
+  else if (kind == 1) f(K1{});
+  else f(K2{});
+}
+
+template <int KIND, class T> static void forward(const ActivationArgs& a) {
+  constexpr bool LONG = sizeof(T) == 4;
+#pragma omp parallel if (a.rows * a.D > kSerial)
   {
-    const int64_t id = omp_get_thread_num(), threads = omp_get_num_threads();
-    const int64_t first = a.count * id / threads, last = a.count * (id + 1) / threads;
-    (a.gelu ? run<true> : run<false>)(a.x + first, last - first);
+    const T* x = (const T*)a.x.data;
+    T* y = (T*)a.y.data;
+    if (a.bias.data == nullptr) {  // by vectors, not rows: a row may be shorter than one
+      const int64_t count = a.rows * a.D;
+      const Share share = my_share((count + 63) / 64);
+      const int64_t first = share.begin * 64, last = share.end * 64 < count ? share.end * 64 : count;
+      each(last - first, [&](int64_t i, auto k) { store(y + first + i, act<KIND, LONG>(load(x + first + i, k)), k); });
+    } else {
+      const float* bias = float_row(a.bias, 0, a.D, a.buffers + omp_get_thread_num() * a.D);
+      const Share share = my_share(a.rows);
+      for (int64_t at = share.begin * a.D; at < share.end * a.D; at += a.D)
+        each(a.D, [&](int64_t i, auto k) {
+          store(y + at + i, act<KIND, LONG>(load(x + at + i, k) + load(bias + i, k)), k);
+        });
+    }
   }
 }
 
-}  // namespace mf::MF_VARIANT
+template <int KIND, class T> static void backward(const ActivationArgs& a) {
+  constexpr bool LONG = sizeof(T) == 4;
+  const int64_t items = chunks(a.rows);
+#pragma omp parallel if (a.rows * a.D > kSerial)
+  {
+    const float* bias = float_row(a.bias, 0, a.D, a.buffers + omp_get_thread_num() * a.D);
+    const Share share = my_share(items);
+    for (int64_t item = share.begin; item < share.end; ++item) {
+      const int64_t last = (item + 1) * kChunk < a.rows ? (item + 1) * kChunk : a.rows;
+      float* part = a.dbias == nullptr ? nullptr : a.partials + item * a.D;
+      if (part != nullptr) memset(part, 0, sizeof(float) * a.D);
+      for (int64_t row = item * kChunk; row < last; ++row) {
+        const T *x = (const T*)a.x.data + row * a.D, *dy = (const T*)a.dy.data + row * a.D;
+        T* dx = (T*)a.dx.data + row * a.D;
+        each(a.D, [&](int64_t i, auto k) {
+          const vf v = bias != nullptr ? load(x + i, k) + load(bias + i, k) : load(x + i, k);
+          const vf d = load(dy + i, k) * act_slope<KIND, LONG>(v);
+          store(dx + i, d, k);
+          if (part != nullptr) store(part + i, load(part + i, k) + d, k);
+        });
+      }
+    }
+    if (a.dbias != nullptr) {
+#pragma omp barrier
+      const Share columns = my_share((a.D + W - 1) / W);
+      for (int64_t block = columns.begin; block < columns.end; ++block) {
+        const int64_t i = block * W;
+        const Part k{(int)(a.D - i < W ? a.D - i : W)};
+        vf total = {};
+        for (int64_t p = 0; p < items; ++p) total += load(a.partials + p * a.D + i, k);
+        store(a.dbias + i, total, k);
+      }
+    }
+  }
+}
+
+template <class T> static void swiglu_forward(const SwigluArgs& a) {
+  constexpr bool LONG = sizeof(T) == 4;
+#pragma omp parallel for if (a.rows * a.H > kSerial)
+  for (int64_t row = 0; row < a.rows; ++row) {
+    const T *left = (const T*)a.x.data + 2 * row * a.H, *right = left + a.H;
+    T* y = (T*)a.y.data + row * a.H;
+    each(a.H, [&](int64_t i, auto k) { store(y + i, act<1, LONG>(load(left + i, k)) * load(right + i, k), k); });
+  }
+}
+
+template <class T> static void swiglu_backward(const SwigluArgs& a) {
+  constexpr bool LONG = sizeof(T) == 4;
+#pragma omp parallel for if (a.rows * a.H > kSerial)
+  for (int64_t row = 0; row < a.rows; ++row) {
+    const T *left = (const T*)a.x.data + 2 * row * a.H, *right = left + a.H, *dy = (const T*)a.dy.data + row * a.H;
+    T *dleft = (T*)a.dx.data + 2 * row * a.H, *dright = dleft + a.H;
+    each(a.H, [&](int64_t i, auto k) {
+      const vf v = load(left + i, k), d = load(dy + i, k);
+      const Logistic l = logistic<LONG>(v);
+      const vf silu = v * l.s;
+      store(dleft + i, d * load(right + i, k) * (l.s + silu * l.rest), k);
+      store(dright + i, d * silu, k);
+    });
+  }
+}
+
+void bias_act_fwd(const ActivationArgs& a) {
+  with_kind(a.kind, [&](auto kind) {
+    with_type(a.x.type, [&](auto t) { forward<decltype(kind)::value, decltype(t)>(a); });
+  });
+}
+void bias_act_bwd(const ActivationArgs& a) {
+  with_kind(a.kind, [&](auto kind) {
+    with_type(a.x.type, [&](auto t) { backward<decltype(kind)::value, decltype(t)>(a); });
+  });
+}
+void swiglu_fwd(const SwigluArgs& a) {
+  with_type(a.x.type, [&](auto t) { swiglu_forward<decltype(t)>(a); });
+}
+void swiglu_bwd(const SwigluArgs& a) {
+  with_type(a.x.type, [&](auto t) { swiglu_backward<decltype(t)>(a); });
+}
+
+}  // namespace MF_VARIANT
+}  // namespace mf
 #endif
 
 #ifdef MF_HOST
 #include "common.h"
 
-MF_DECLARE(activation, ActivationArgs)
+MF_DECLARE(bias_act_fwd, ActivationArgs)
+MF_DECLARE(bias_act_bwd, ActivationArgs)
+MF_DECLARE(swiglu_fwd, SwigluArgs)
+MF_DECLARE(swiglu_bwd, SwigluArgs)
 
+namespace mf {
 namespace {
 
-void activation_bf16(mf::TensorView x, int64_t kind) {
-  if (mf::check_dense(x, "x") != mf::DType::bf16)
-    TVM_FFI_THROW(TypeError) << "x must be bfloat16; got " << mf::dtype_name(mf::dtype_of(x, "x"));
-  if (kind != 0 && kind != 1) TVM_FFI_THROW(ValueError) << "kind must be 0 (gelu_tanh) or 1 (silu); got " << kind;
-  int64_t count = 1;
-  for (int i = 0; i < x.ndim(); ++i) count *= x.size(i);
-  const mf::ActivationArgs args{mf::data<uint16_t>(x), count, kind == 0};
-  MF_CALL(activation, args)
+Column like(const TensorView& t, const char* name, const TensorView& x) {
+  const Column column{data(t), check_dense(t, name)};
+  check_dtype(t, name, dtype_of(x, "x"), " like x");
+  if (t.numel() != x.numel())
+    TVM_FFI_THROW(ValueError) << name << " must have x's shape " << shape_text(x) << "; got " << shape_text(t);
+  return column;
+}
+
+int64_t last_size(const TensorView& t, const char* name) {
+  if (t.ndim() == 0) TVM_FFI_THROW(ValueError) << name << " must have at least one dimension";
+  return t.size(t.ndim() - 1);
+}
+
+ActivationArgs common_args(const TensorView& x, const MaybeTensor& bias, int64_t kind) {
+  if (kind < 0 || kind > 2)
+    TVM_FFI_THROW(ValueError) << "kind must be 0 (gelu_tanh), 1 (silu) or 2 (gelu); got " << kind;
+  ActivationArgs a{};
+  a.x = {data(x), check_dense(x, "x")};
+  a.D = last_size(x, "x");
+  a.rows = a.D == 0 ? 0 : x.numel() / a.D;
+  a.kind = static_cast<int>(kind);
+  if (bias.has_value()) {
+    check_shape(bias.value(), "bias", {a.D});
+    a.bias = {data(bias), check_dense(bias.value(), "bias")};
+  }
+  return a;
+}
+
+void fwd(TensorView x, MaybeTensor bias, TensorView y, int64_t kind) {
+  ActivationArgs a = common_args(x, bias, kind);
+  a.y = like(y, "y", x);
+  Scratch buffers(bias.has_value() ? omp_get_max_threads() * a.D : 0);
+  a.buffers = buffers.get();
+  MF_CALL(bias_act_fwd, a);
+}
+
+void bwd(TensorView dy, TensorView x, MaybeTensor bias, TensorView dx, MaybeTensor dbias, int64_t kind) {
+  ActivationArgs a = common_args(x, bias, kind);
+  a.dy = like(dy, "dy", x);
+  a.dx = like(dx, "dx", x);
+  if (dbias.has_value()) {
+    check_shape(dbias.value(), "dbias", {a.D});
+    check_dense(dbias.value(), "dbias");
+    check_dtype(dbias.value(), "dbias", DType::f32, "");
+    a.dbias = data<float>(dbias);
+  }
+  Scratch buffers(bias.has_value() ? omp_get_max_threads() * a.D : 0);
+  Scratch partials(dbias.has_value() ? chunks(a.rows) * a.D : 0);
+  a.buffers = buffers.get();
+  a.partials = partials.get();
+  MF_CALL(bias_act_bwd, a);
+}
+
+SwigluArgs swiglu_args(const TensorView& x, const TensorView& y, const char* name) {
+  SwigluArgs a{};
+  a.x = {data(x), check_dense(x, "x")};
+  a.H = last_size(y, name);
+  if (last_size(x, "x") != 2 * a.H || x.numel() != 2 * y.numel())
+    TVM_FFI_THROW(ValueError) << name << " must be half as wide as x " << shape_text(x) << "; got " << shape_text(y);
+  check_dense(y, name);
+  check_dtype(y, name, a.x.type, " like x");
+  a.rows = a.H == 0 ? 0 : y.numel() / a.H;
+  return a;
+}
+
+void glu_fwd(TensorView x, TensorView y) {
+  SwigluArgs a = swiglu_args(x, y, "y");
+  a.y = {data(y), a.x.type};
+  MF_CALL(swiglu_fwd, a);
+}
+
+void glu_bwd(TensorView dy, TensorView x, TensorView dx) {
+  SwigluArgs a = swiglu_args(x, dy, "dy");
+  a.dy = {data(dy), a.x.type};
+  a.dx = like(dx, "dx", x);
+  MF_CALL(swiglu_bwd, a);
 }
 
 }  // namespace
+}  // namespace mf
 
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(activation_bf16, activation_bf16);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(bias_act_fwd, mf::fwd);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(bias_act_bwd, mf::bwd);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(swiglu_fwd, mf::glu_fwd);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(swiglu_bwd, mf::glu_bwd);
 #endif

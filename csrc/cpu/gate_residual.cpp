@@ -2,17 +2,16 @@
 //
 // x, branch, y (B, N, D); gate (D,) [kind 0, LayerScale], (B, D) [kind 1, adaLN's gate] or (B, N, D) [kind 2].
 // Backward: dx = dy (the caller's), dbranch = gate * dy, dgate = dy * branch summed over what gate is broadcast over.
-// Memory: 3 streams forward, 3 backward; kinds 0 and 1 read gate once per sample.
+// Memory: 3 streams forward, 3 backward; kinds 0 and 1 read gate once per sample. x and y (and dy) have one type, branch
+// and gate their own: under autocast a bf16 branch is added to an fp32 residual stream as it comes.
 
 #include "cpu/types.h"
 
 namespace mf {
 
 struct GateArgs {
-  const void *x, *branch, *dy;
-  void *out;  // y forward, dbranch backward (may be null)
-  Column gate, dgate;
-  DType type;
+  Column x, y, branch, gate;  // forward
+  Column dy, dbranch, dgate;  // backward; the last two may be absent
   int64_t B, N, D;
   int kind;
   float* rows;      // D floats per thread
@@ -27,61 +26,79 @@ struct GateArgs {
 namespace mf {
 namespace MF_VARIANT {
 
-template <class T> static void forward(const GateArgs& a) {
-  const T *x = (const T*)a.x, *branch = (const T*)a.branch;
-  T* y = (T*)a.out;
+// The fp32 gate of a row, converted again only when another row of gate is due.
+struct GateRow {
+  const GateArgs& a;
+  float* buffer;
+  const float* gate;
+  int64_t current;
+
+  static inline GateRow make(const GateArgs& a) {
+    return {a, a.rows + omp_get_thread_num() * a.D, nullptr, -1};
+  }
+  inline const float* of(int64_t b, int64_t row) {
+    const int64_t now = a.kind == 2 ? row : a.kind == 1 ? b : 0;
+    if (now != current) gate = float_row(a.gate, current = now, a.D, buffer);
+    return gate;
+  }
+};
+
+template <class X, class F> static void forward(const GateArgs& a) {
 #pragma omp parallel if (a.B * a.N * a.D > kSerial)
   {
-    float* buffer = a.rows + omp_get_thread_num() * a.D;
+    GateRow rows = GateRow::make(a);
     const Share share = my_share(a.B * a.N);
-    int64_t sample = -1;
-    const float* gate = nullptr;
     for (int64_t row = share.begin; row < share.end; ++row) {
-      const int64_t at = row * a.D;
-      if (a.kind == 2) {
-        const T* g = (const T*)a.gate.data + at;
-        each(a.D, [&](int64_t i, auto k) {
-          store(y + at + i, load(x + at + i, k) + load(g + i, k) * load(branch + at + i, k), k);
-        });
-        continue;
-      }
-      const int64_t now = a.kind == 1 ? row / a.N : 0;
-      if (now != sample) gate = float_row(a.gate, sample = now, a.D, buffer);
+      const float* gate = rows.of(row / a.N, row);
+      const X* x = (const X*)a.x.data + row * a.D;
+      const F* branch = (const F*)a.branch.data + row * a.D;
+      X* y = (X*)a.y.data + row * a.D;
       each(a.D, [&](int64_t i, auto k) {
-        store(y + at + i, load(x + at + i, k) + load(gate + i, k) * load(branch + at + i, k), k);
+        store(y + i, load(x + i, k) + load(gate + i, k) * load(branch + i, k), k);
       });
     }
   }
 }
 
-template <class T> static void backward(const GateArgs& a) {
-  const T *dy = (const T*)a.dy, *branch = (const T*)a.branch;
-  T* dbranch = (T*)a.out;
+// R rows at a time: the running sums of dgate are read and written once for all of them.
+template <int R, class X, class F>
+MF_INLINE void backward_rows(const GateArgs& a, int64_t row, const float* gate, float* part) {
+  const int64_t D = a.D;
+  const X* dy = (const X*)a.dy.data + row * D;
+  const F* branch = (const F*)a.branch.data + row * D;
+  F* dbranch = a.dbranch.data == nullptr ? nullptr : (F*)a.dbranch.data + row * D;
+  each(D, [&](int64_t i, auto k) {
+    vf d[R];
+    for (int j = 0; j < R; ++j) d[j] = load(dy + j * D + i, k);
+    if (dbranch != nullptr) {
+      const vf g = load(gate + i, k);
+      for (int j = 0; j < R; ++j) store(dbranch + j * D + i, g * d[j], k);
+    }
+    if (part != nullptr) {
+      vf total = load(part + i, k);
+      for (int j = 0; j < R; ++j) total += d[j] * load(branch + j * D + i, k);
+      store(part + i, total, k);
+    }
+  });
+  if (a.kind == 2 && a.dgate.data != nullptr)
+    each(D, [&](int64_t i, auto k) { store_row(a.dgate, row, D, i, load(dy + i, k) * load(branch + i, k), k); });
+}
+
+template <class X, class F> static void backward(const GateArgs& a) {
   const int64_t per_sample = chunks(a.N), items = a.B * per_sample;
 #pragma omp parallel if (a.B * a.N * a.D > kSerial)
   {
-    float* buffer = a.rows + omp_get_thread_num() * a.D;
+    GateRow rows = GateRow::make(a);
     const Share share = my_share(items);
-    int64_t sample = -1;
-    const float* gate = nullptr;
     for (int64_t item = share.begin; item < share.end; ++item) {
       const int64_t b = item / per_sample, first = item % per_sample * kChunk;
       const int64_t last = first + kChunk < a.N ? first + kChunk : a.N;
-      const int64_t now = a.kind == 1 ? b : 0;
-      if (a.kind != 2 && now != sample) gate = float_row(a.gate, sample = now, a.D, buffer);
       float* part = a.kind != 2 && a.dgate.data != nullptr ? a.partials + item * a.D : nullptr;
       if (part != nullptr) memset(part, 0, sizeof(float) * a.D);
-      for (int64_t n = first; n < last; ++n) {
-        const int64_t at = (b * a.N + n) * a.D;
-        const T* g2 = (const T*)a.gate.data + at;
-        T* dg2 = a.kind == 2 && a.dgate.data != nullptr ? (T*)a.dgate.data + at : nullptr;
-        each(a.D, [&](int64_t i, auto k) {
-          const vf d = load(dy + at + i, k);
-          if (dbranch != nullptr) store(dbranch + at + i, d * (a.kind == 2 ? load(g2 + i, k) : load(gate + i, k)), k);
-          if (dg2 != nullptr) store(dg2 + i, d * load(branch + at + i, k), k);
-          if (part != nullptr) store(part + i, load(part + i, k) + d * load(branch + at + i, k), k);
-        });
-      }
+      int64_t n = first;
+      if (a.kind != 2)
+        for (; n + 4 <= last; n += 4) backward_rows<4, X, F>(a, b * a.N + n, rows.of(b, 0), part);
+      for (; n < last; ++n) backward_rows<1, X, F>(a, b * a.N + n, rows.of(b, b * a.N + n), part);
     }
     if (a.kind != 2 && a.dgate.data != nullptr) {
 #pragma omp barrier
@@ -100,10 +117,14 @@ template <class T> static void backward(const GateArgs& a) {
 }
 
 void gate_residual_fwd(const GateArgs& a) {
-  with_type(a.type, [&](auto t) { forward<decltype(t)>(a); });
+  with_type(a.x.type, [&](auto t) {
+    with_type(a.branch.type, [&](auto s) { forward<decltype(t), decltype(s)>(a); });
+  });
 }
 void gate_residual_bwd(const GateArgs& a) {
-  with_type(a.type, [&](auto t) { backward<decltype(t)>(a); });
+  with_type(a.dy.type, [&](auto t) {
+    with_type(a.branch.type, [&](auto s) { backward<decltype(t), decltype(s)>(a); });
+  });
 }
 
 }  // namespace MF_VARIANT
@@ -119,60 +140,55 @@ MF_DECLARE(gate_residual_bwd, GateArgs)
 namespace mf {
 namespace {
 
-void check_gate(const TensorView& gate, const char* name, int64_t kind, const TensorView& like, DType type) {
-  const int64_t B = like.size(0), N = like.size(1), D = like.size(2);
-  if (kind == 0) check_shape(gate, name, {D});
-  else if (kind == 1) check_shape(gate, name, {B, D});
-  else if (kind == 2) check_shape(gate, name, {B, N, D});
+Column gate_of(const TensorView& gate, const char* name, int64_t kind, const GateArgs& a) {
+  if (kind == 0) check_shape(gate, name, {a.D});
+  else if (kind == 1) check_shape(gate, name, {a.B, a.D});
+  else if (kind == 2) check_shape(gate, name, {a.B, a.N, a.D});
   else TVM_FFI_THROW(ValueError) << "gate_kind must be 0 (D,), 1 (B, D) or 2 (B, N, D); got " << kind;
-  if (kind == 2) check_dtype(gate, name, type, " like the activations when it has a value per token");
-  else dtype_of(gate, name);
+  return {data(gate), check_dense(gate, name)};
+}
+
+Column tokens_of(const TensorView& t, const char* name, const GateArgs& a) {
+  check_shape(t, name, {a.B, a.N, a.D});
+  return {data(t), check_dense(t, name)};
+}
+
+GateArgs common_args(const TensorView& x, const char* name, int64_t kind) {
+  check_ndim(x, name, 3, "(B, N, D)");
+  GateArgs a{};
+  a.B = x.size(0), a.N = x.size(1), a.D = x.size(2);
+  a.kind = static_cast<int>(kind);
+  return a;
 }
 
 void fwd(TensorView x, TensorView gate, TensorView branch, TensorView y, int64_t gate_kind) {
-  check_ndim(x, "x", 3, "(B, N, D)");
-  const int64_t B = x.size(0), N = x.size(1), D = x.size(2);
-  const DType type = check_dense(x, "x");
-  check_gate(gate, "gate", gate_kind, x, type);
-  check_dense(gate, "gate");
-  check_shape(branch, "branch", {B, N, D});
-  check_dense(branch, "branch");
-  check_dtype(branch, "branch", type, " like x");
-  check_shape(y, "y", {B, N, D});
-  check_dense(y, "y");
-  check_dtype(y, "y", type, " like x");
+  GateArgs a = common_args(x, "x", gate_kind);
+  a.x = tokens_of(x, "x", a);
+  a.gate = gate_of(gate, "gate", gate_kind, a);
+  a.branch = tokens_of(branch, "branch", a);
+  a.y = tokens_of(y, "y", a);
+  check_dtype(y, "y", a.x.type, " like x");
   if (x.numel() == 0) return;
-  Scratch rows(omp_get_max_threads() * D);
-  GateArgs a{data(x), data(branch), nullptr, data(y), {data(gate), dtype_of(gate, "gate")}, {nullptr, type},
-             type, B, N, D, static_cast<int>(gate_kind), rows.get(), nullptr};
+  Scratch rows(omp_get_max_threads() * a.D);
+  a.rows = rows.get();
   MF_CALL(gate_residual_fwd, a);
 }
 
 void bwd(TensorView dy, TensorView gate, TensorView branch, MaybeTensor dbranch, MaybeTensor dgate, int64_t gate_kind) {
-  check_ndim(dy, "dy", 3, "(B, N, D)");
-  const int64_t B = dy.size(0), N = dy.size(1), D = dy.size(2);
-  const DType type = check_dense(dy, "dy");
-  check_gate(gate, "gate", gate_kind, dy, type);
-  check_dense(gate, "gate");
-  check_shape(branch, "branch", {B, N, D});
-  check_dense(branch, "branch");
-  check_dtype(branch, "branch", type, " like dy");
+  GateArgs a = common_args(dy, "dy", gate_kind);
+  a.dy = tokens_of(dy, "dy", a);
+  a.gate = gate_of(gate, "gate", gate_kind, a);
+  a.branch = tokens_of(branch, "branch", a);
   if (dbranch.has_value()) {
-    check_shape(dbranch.value(), "dbranch", {B, N, D});
-    check_dense(dbranch.value(), "dbranch");
-    check_dtype(dbranch.value(), "dbranch", type, " like dy");
+    a.dbranch = tokens_of(dbranch.value(), "dbranch", a);
+    check_dtype(dbranch.value(), "dbranch", a.branch.type, " like branch");
   }
-  Column dgate_column{nullptr, type};
-  if (dgate.has_value()) {
-    check_gate(dgate.value(), "dgate", gate_kind, dy, type);
-    check_dense(dgate.value(), "dgate");
-    dgate_column = {data(dgate), dtype_of(dgate.value(), "dgate")};
-  }
-  if (D == 0) return;
-  Scratch rows(omp_get_max_threads() * D);
-  Scratch partials(dgate.has_value() && gate_kind != 2 ? B * chunks(N) * D : 0);
-  GateArgs a{nullptr, data(branch), data(dy), data(dbranch), {data(gate), dtype_of(gate, "gate")}, dgate_column,
-             type, B, N, D, static_cast<int>(gate_kind), rows.get(), partials.get()};
+  if (dgate.has_value()) a.dgate = gate_of(dgate.value(), "dgate", gate_kind, a);
+  if (a.D == 0) return;
+  Scratch rows(omp_get_max_threads() * a.D);
+  Scratch partials(dgate.has_value() && gate_kind != 2 ? a.B * chunks(a.N) * a.D : 0);
+  a.rows = rows.get();
+  a.partials = partials.get();
   MF_CALL(gate_residual_bwd, a);
 }
 

@@ -59,7 +59,7 @@ class LightningDiTConfig(SiTConfig):
             )
 
 
-def _norm(config: LightningDiTConfig) -> nn.Module:
+def _norm(config: LightningDiTConfig) -> LayerNorm | RMSNorm:
     return RMSNorm(config.dim) if config.rmsnorm else LayerNorm(config.dim, affine=False)
 
 
@@ -84,8 +84,9 @@ class LightningDiTBlock(nn.Module):
         else:
             scale_msa, gate_msa, scale_mlp, gate_mlp = modulation.chunk(4, dim=-1)
             shift_msa, shift_mlp = None, None
-        x = gate_residual(x, gate_msa, self.attn(self.norm1(x, shift_msa, scale_msa), rope))
-        return gate_residual(x, gate_mlp, self.mlp(self.norm2(x, shift_mlp, scale_mlp)))
+        branch = self.attn(self.norm1(x, shift_msa, scale_msa), rope)
+        x, y = self.norm2.after(x, branch, gate_msa, shift_mlp, scale_mlp)
+        return gate_residual(x, gate_mlp, self.mlp(y))
 
 
 class RopeBuffers(nn.Module):

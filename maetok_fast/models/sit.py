@@ -123,8 +123,9 @@ class SiTBlock(nn.Module):
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
-        x = gate_residual(x, gate_msa, self.attn(self.norm1(x, shift_msa, scale_msa)))
-        return gate_residual(x, gate_mlp, self.mlp(self.norm2(x, shift_mlp, scale_mlp)))
+        branch = self.attn(self.norm1(x, shift_msa, scale_msa))
+        x, y = self.norm2.after(x, branch, gate_msa, shift_mlp, scale_mlp)
+        return gate_residual(x, gate_mlp, self.mlp(y))
 
 
 class FinalLayer(nn.Module):

@@ -57,8 +57,8 @@ class Block(nn.Module):
         """x (B, N, D); `keep`: the tokens to return (None: all). Keys and values always come from all tokens."""
         first, count = _span(keep)
         y = self.attn(self.norm1(x), rope, prefix=prefix, first_query=first, num_queries=count)
-        x = self.ls1(_take(x, keep), drop_path(y, self.rate, self.training))
-        return self.ls2(x, drop_path(self.mlp(self.norm2(x)), self.rate, self.training))
+        x, y = self.norm2.after(_take(x, keep), drop_path(y, self.rate, self.training), self.ls1.gamma)
+        return self.ls2(x, drop_path(self.mlp(y), self.rate, self.training))
 
 
 class MoVQBlock(nn.Module):
@@ -79,9 +79,9 @@ class MoVQBlock(nn.Module):
         y = self.norm1(x, shift_msa, scale_msa, offset=0.0)
         y = self.attn(y, rope, prefix=prefix, first_query=first, num_queries=count)
         tokens = x.shape[1]
-        x = _take(x, keep) + drop_path(y, self.rate, self.training)
-        modulated = keep is None or keep.stop == tokens
-        y = self.norm2(x, shift_mlp, scale_mlp, offset=0.0) if modulated else self.norm2(x)
+        modulation = (shift_mlp, scale_mlp) if keep is None or keep.stop == tokens else (None, None)
+        branch = drop_path(y, self.rate, self.training)
+        x, y = self.norm2.after(_take(x, keep), branch, None, *modulation, offset=0.0)
         return x + drop_path(self.mlp(y), self.rate, self.training)
 
 
