@@ -20,7 +20,9 @@ __all__ = ["backward", "forward"]
 
 
 @triton.jit
-def _residual_row(x_ptr, branch_ptr, gate_ptr, row, sample, offs_d, live, D: tl.constexpr, PER_IMAGE_GATE: tl.constexpr):
+def _residual_row(
+    x_ptr, branch_ptr, gate_ptr, row, sample, offs_d, live, D: tl.constexpr, PER_IMAGE_GATE: tl.constexpr
+):
     """The row that is normed, fp32: x, or x + gate * branch rounded to x's dtype, as if it came from memory."""
     x = tl.load(x_ptr + row * D + offs_d, mask=live, other=0.0).to(tl.float32)
     if branch_ptr is not None:
@@ -238,4 +240,12 @@ def backward(
             return sums
         return sums.sum(1 if t.ndim == 2 else (0, 1)).to(t.dtype)
 
-    return [dx, dbranch, total(dgate, gate), total(dshift, shift), total(dscale, scale), total(dweight, weight), total(dbias, bias)]
+    return [
+        dx,
+        dbranch,
+        total(dgate, gate),
+        total(dshift, shift),
+        total(dscale, scale),
+        total(dweight, weight),
+        total(dbias, bias),
+    ]

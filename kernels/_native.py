@@ -15,15 +15,24 @@ not depend on the number of threads. ``T | None`` may be None.
         index (B, M) int64 in [0, R): the table row of token prefix + m, None: row m; q_out, dq (B, Nq, H, hd);
         k_out, dk, dv (B, N, H, hd); dq, dk, dv: any strides, last dimension contiguous, may be views of dqkv;
         dweights (4, hd) fp32: dq_weight, dq_bias, dk_weight, dk_bias; norm 0 none, 1 rms, 2 layer
-    adaln_fwd(x, shift|None, scale|None, weight|None, bias|None, y, mean_rstd, eps, offset, per_sample)
+    adaln_fwd(x, shift|None, scale|None, weight|None, bias|None, y, mean_rstd, eps, offset, per_sample, rms)
     adaln_bwd(dy, x, scale|None, weight|None, bias|None, mean_rstd, dx, dshift|None, dscale|None,
-              dweight|None, dbias|None, offset, per_sample)
-        x, y, dy, dx (B, N, D) of one dtype; shift, scale (B, T, D), the last T tokens, or per_sample=1 with T=1: all
-        tokens; weight, bias (D,); these four and their gradients of any of the three dtypes, dweight and dbias fp32;
-        mean_rstd (B*N, 2) fp32. bias enters the gradient of scale.
+              dweight|None, dbias|None, offset, per_sample, rms)
+    residual_adaln_fwd(x, branch, gate|None, shift|None, scale|None, weight|None, bias|None, h, y, mean_rstd, eps,
+                       offset, per_sample, rms)
+    residual_adaln_bwd(dh, dy, x, branch, gate|None, scale|None, weight|None, bias|None, mean_rstd, dx, dbranch|None,
+                       dgate|None, dshift|None, dscale|None, dweight|None, dbias|None, offset, per_sample, rms)
+        x, branch, h, y and their gradients (B, N, D), each of its own dtype, but h, dh and dx have x's and dbranch
+        branch's; gate (D,) or (B, D); shift, scale (B, T, D), the last T tokens, or per_sample=1 with T=1: all tokens;
+        weight, bias (D,); these five and their gradients of any of the three dtypes, dweight and dbias fp32;
+        mean_rstd (B*N, 2) fp32; rms 0 LayerNorm, 1 RMSNorm. bias enters the gradient of scale.
     gate_residual_fwd(x, gate, branch, y, gate_kind)
-    gate_residual_bwd(dy, gate, branch, dbranch, dgate, gate_kind)
-        gate_kind 0: (D,), 1: (B, D), 2: (B, N, D); for 2 gate and dgate have x's dtype, else any of the three
+    gate_residual_bwd(dy, gate, branch, dbranch|None, dgate|None, gate_kind)
+        gate_kind 0: (D,), 1: (B, D), 2: (B, N, D); x, dy and y of one dtype, gate and branch of their own
+    bias_act_fwd(x, bias|None, y, kind): y may be x
+    bias_act_bwd(dy, x, bias|None, dx, dbias|None, kind)
+        x, y, dy, dx (..., D) of one dtype, bias (D,), dbias (D,) fp32; kind 0 tanh-GELU, 1 SiLU, 2 erf GELU
+    swiglu_fwd(x, y), swiglu_bwd(dy, x, dx): x, dx (..., 2H), y, dy (..., H) of one dtype
     mask_counts(seed, table, out, base, first_image, per_image): out[b] = base + table entries below the uniform
     random_mask(seed, count, out, first_image): Philox4x32-10 as in token_mask.py
     visible_index(mask, out)
@@ -42,7 +51,6 @@ not depend on the number of threads. ``T | None`` may be None.
     attention_bf16_bwd(q, k, v, out, dout, lse, dq, dk, dv)
         q, dq, out, dout (B, Nq, H, hd), k, v, dk, dv (B, N, H, hd) bfloat16, heads and channels contiguous, out and
         dout dense; lse (B, Nq, H) fp32
-    activation_bf16(x, kind): in place; kind 0 tanh-GELU, 1 SiLU
     ema_update(table, weight, ema_type, param_type, cast_type)
         ema += weight * (param - ema), cast = param; table (n, 4) int64: their addresses (cast: 0 for none) and the
         number of elements; types 0 float32, 1 bfloat16, 2 float16, cast_type -1 for none

@@ -4,16 +4,16 @@
     adaln:           y = norm(x; weight, bias) * (offset + scale) + shift
     residual_adaln:  h = x + gate * branch,  y = norm(h; weight, bias) * (offset + scale) + shift
 
-x (B, N, D). norm is LayerNorm or RMSNorm (LightningDiT, LLaMA). shift and scale are (B, D) (one per image: DiT, Peebles &
-Xie 2023, arXiv 2212.09748) or (B, T, D) with T <= N (one per token, for the last T tokens; the others get the plain
-norm: MAETok's MoVQ decoder). offset is 1 in DiT (`1 + scale`) and 0 in MoVQ (plain `scale`). residual_adaln joins the
-end of one branch (kernels/gate_residual.py: gate (D,) or (B, D), or none) to the norm of the next: 4 streams of
-(B, N, D) instead of 5 forward and 6 instead of 9 backward.
+x (B, N, D). norm is LayerNorm or RMSNorm (LightningDiT, LLaMA). shift and scale are (B, D) (one per image: DiT,
+Peebles & Xie 2023, arXiv 2212.09748) or (B, T, D) with T <= N (one per token, for the last T tokens; the others get
+the plain norm: MAETok's MoVQ decoder). offset is 1 in DiT (`1 + scale`) and 0 in MoVQ (plain `scale`). residual_adaln
+joins the end of one branch (kernels/gate_residual.py: gate (D,) or (B, D), or none) to the norm of the next: 4 streams
+of (B, N, D) instead of 5 forward and 6 instead of 9 backward.
 
-Forward reads x and writes y once: mean, variance and modulation stay in registers (on the CPU in L1). Backward reads dy
-and x once and writes dx; the sums over tokens (d_shift, d_scale, d_gate) and over everything (d_weight, d_bias) are kept
-per program in fp32 and added in a fixed order, so results do not depend on the schedule. Statistics and sums are fp32
-whatever x is.
+Forward reads x and writes y once: mean, variance and modulation stay in registers (on the CPU in L1). Backward reads
+dy and x once and writes dx; the sums over tokens (d_shift, d_scale, d_gate) and over everything (d_weight, d_bias) are
+kept per program in fp32 and added in a fixed order, so results do not depend on the schedule. Statistics and sums are
+fp32 whatever x is.
 
 dtypes: y is written once, in the dtype that its reader wants: `out_dtype` "bfloat16" under autocast, where x is an fp32
 residual stream and a bf16 linear follows (torch writes fp32, reads it and writes bf16). dy then arrives in bf16 and dx
@@ -106,7 +106,7 @@ def residual_adaln_ref(
     return h, adaln_ref(h, shift, scale, weight, bias, eps, offset, out_dtype, norm)
 
 
-# ---- launchers (Triton: _adaln_triton.py) -----------------------------------------------------------------------------
+# ---- launchers (Triton: _adaln_triton.py) --------------------------------------------------------------------------
 
 
 def _dtype(out_dtype: str, x: Tensor) -> torch.dtype:
@@ -125,9 +125,7 @@ def _per_sample(shift: Tensor | None, scale: Tensor | None) -> int:
 def _triton_forward(*args: Any) -> tuple[Tensor, ...]:
     x, shift, scale, weight, bias, eps, offset, out_dtype, norm = args
     dtype = _dtype(out_dtype, x)
-    _h, y, stats = _adaln_triton.forward(
-        x, None, None, shift, scale, weight, bias, eps, offset, dtype, norm == "rms"
-    )  # fmt: skip
+    _h, y, stats = _adaln_triton.forward(x, None, None, shift, scale, weight, bias, eps, offset, dtype, norm == "rms")
     return y, stats
 
 
@@ -143,8 +141,8 @@ def _triton_backward(
 
 
 def _residual_triton_forward(*args: Any) -> tuple[Tensor, ...]:
-    x, *tensors, eps, offset, out_dtype, norm = args
-    h, y, stats = _adaln_triton.forward(x, *tensors, eps, offset, _dtype(out_dtype, x), norm == "rms")
+    rest: tuple[Any, ...] = (*args[:9], _dtype(args[9], args[0]), args[10] == "rms")
+    h, y, stats = _adaln_triton.forward(*rest)
     assert h is not None
     return h, y, stats
 
@@ -152,8 +150,8 @@ def _residual_triton_forward(*args: Any) -> tuple[Tensor, ...]:
 def _residual_triton_backward(
     grads: tuple[Tensor, Tensor], saved: Sequence[Tensor], args: tuple[Any, ...], needs: Sequence[bool]
 ) -> Sequence[Tensor | None]:
-    *tensors, _eps, offset, _out_dtype, norm = args
-    found = _adaln_triton.backward(*grads, saved[0], *tensors, offset, norm == "rms", tuple(needs[:7]))
+    rest: tuple[Any, ...] = (*saved[:1], *args[:7], args[8], args[10] == "rms", tuple(needs[:7]))
+    found = _adaln_triton.backward(*grads, *rest)
     return [*found, None, None, None, None]
 
 

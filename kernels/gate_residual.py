@@ -1,17 +1,17 @@
 # Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 """gate_residual: y = x + gate * branch, the end of every residual branch.
 
-x, branch (B, N, D); gate is (D,) (LayerScale's gamma: CaiT, DINOv2), (B, D) (adaLN-zero's gate) or (B, N, D). One pass:
-3 streams forward (x, branch, y); backward reads dy and branch and writes d_branch, sums d_gate per program in fp32 and
-adds the sums in a fixed order, and hands its own gradient on to x uncopied.
+x, branch (B, N, D); gate is (D,) (LayerScale's gamma: CaiT, DINOv2), (B, D) (adaLN-zero's gate) or (B, N, D). One
+pass: 3 streams forward (x, branch, y); backward reads dy and branch and writes d_branch, sums d_gate per program in
+fp32 and adds the sums in a fixed order, and hands its own gradient on to x uncopied.
 
-branch and gate are read in their own dtype: under autocast the residual stream is fp32 and the branch comes in bf16 from
-a linear, and neither it nor its gradient is ever converted in memory.
+branch and gate are read in their own dtype: under autocast the residual stream is fp32 and the branch comes in bf16
+from a linear, and neither it nor its gradient is ever converted in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch

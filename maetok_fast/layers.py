@@ -20,7 +20,6 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from maetok_fast.kernels import adaln, bias_gelu, gate_residual, residual_adaln, rope_attention, swiglu
 

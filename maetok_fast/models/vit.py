@@ -79,9 +79,10 @@ class MoVQBlock(nn.Module):
         y = self.norm1(x, shift_msa, scale_msa, offset=0.0)
         y = self.attn(y, rope, prefix=prefix, first_query=first, num_queries=count)
         tokens = x.shape[1]
-        modulation = (shift_mlp, scale_mlp) if keep is None or keep.stop == tokens else (None, None)
+        if keep is not None and keep.stop < tokens:  # none of the kept tokens is modulated
+            shift_mlp = scale_mlp = None
         branch = drop_path(y, self.rate, self.training)
-        x, y = self.norm2.after(_take(x, keep), branch, None, *modulation, offset=0.0)
+        x, y = self.norm2.after(_take(x, keep), branch, None, shift_mlp, scale_mlp, offset=0.0)
         return x + drop_path(self.mlp(y), self.rate, self.training)
 
 
