@@ -16,10 +16,14 @@ if __name__ != "maetok_fast.kernels":
 from ._op import Backend, BackendError, Cost, Op, Sample, backend, forced_backend, ops
 from .activation import bias_gelu, bias_gelu_ref, swiglu, swiglu_ref
 from .adaln import adaln, adaln_ref, residual_adaln, residual_adaln_ref
+from .augment import diff_augment, diff_augment_ref, draw_augmentation
+from .blur import blur_down, blur_down_ref, blur_up, blur_up_ref
 from .ema import ema_update, ema_update_ref
 from .embed_tokens import decoder_tokens, decoder_tokens_ref, embed_tokens, embed_tokens_ref
+from .gan_loss import discriminator_loss, discriminator_loss_ref, generator_loss, generator_loss_ref
 from .gate_residual import gate_residual, gate_residual_ref
 from .gather_tokens import gather_tokens, gather_tokens_ref, scatter_tokens, scatter_tokens_ref
+from .patchgan import affine_act, affine_act_ref, norm_act, norm_act_ref
 from .rope_attention import rope_attention, rope_attention_ref, rope_table
 from .token_mask import (
     host_mask_count,
@@ -41,11 +45,22 @@ __all__ = [
     "Sample",
     "adaln",
     "adaln_ref",
+    "affine_act",
+    "affine_act_ref",
     "backend",
     "bias_gelu",
     "bias_gelu_ref",
+    "blur_down",
+    "blur_down_ref",
+    "blur_up",
+    "blur_up_ref",
     "decoder_tokens",
     "decoder_tokens_ref",
+    "diff_augment",
+    "diff_augment_ref",
+    "discriminator_loss",
+    "discriminator_loss_ref",
+    "draw_augmentation",
     "ema_update",
     "ema_update_ref",
     "embed_tokens",
@@ -55,9 +70,13 @@ __all__ = [
     "gate_residual_ref",
     "gather_tokens",
     "gather_tokens_ref",
+    "generator_loss",
+    "generator_loss_ref",
     "host_mask_count",
     "mask_counts",
     "mask_counts_ref",
+    "norm_act",
+    "norm_act_ref",
     "ops",
     "random_mask",
     "random_mask_ref",

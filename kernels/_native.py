@@ -54,6 +54,23 @@ not depend on the number of threads. ``T | None`` may be None.
     ema_update(table, weight, ema_type, param_type, cast_type)
         ema += weight * (param - ema), cast = param; table (n, 4) int64: their addresses (cast: 0 for none) and the
         number of elements; types 0 float32, 1 bfloat16, 2 float16, cast_type -1 for none
+    norm_act_fwd(x, conv_bias|None, weight|None, bias|None, y, mean, var, stats, workspace, groups, eps, slope)
+    norm_act_bwd(dy, x, conv_bias|None, weight|None, bias|None, stats, dx|None, dconv_bias|None, dweight|None,
+                 dbias|None, workspace, groups, slope)
+    affine_act_fwd(x, conv_bias|None, mean|None, var|None, weight|None, bias|None, y, eps, slope)
+    affine_act_bwd(dy, x, conv_bias|None, mean|None, var|None, weight|None, bias|None, dx|None, dconv_bias|None,
+                   dmean|None, dvar|None, dweight|None, dbias|None, workspace, eps, slope)
+        x, y, dy, dx (B, C, H, W); the vectors (C,) fp32; groups 0: batch statistics, C units, else B * groups units;
+        mean, var: a number per unit, stats (units, 2): mean, rstd; workspace: 3 BC ceil(HW / 8192) + 2 units
+    blur_down(x, y, stride, pad0, pad1, reflect, gain), blur_up(y, x, ...): its transpose; x the large side
+    diff_augment_fwd(x, colour|None, shift|None, box|None, y, workspace)
+    diff_augment_bwd(dy, x, colour|None, shift|None, box|None, dx|None, dcolour|None, workspace)
+        colour (B, 3) fp32, shift (B, 2), box (B, 4) int32; workspace as kernels/augment.py counts it
+    discriminator_loss_fwd(real, fake, ema|None, adversarial, lecam, mean_real, mean_fake, slopes, kind)
+    discriminator_loss_bwd(the four gradients, real, fake, ema|None, slopes, dreal|None, dfake|None, dema|None, kind)
+    generator_loss_fwd(fake, loss, kind), generator_loss_bwd(dloss, fake, dfake, kind)
+        losses and means one fp32 number each, slopes and ema two; kind 0 hinge, 1 softplus, 2 linear
+    All of norm_act .. generator_loss exist for GPUs as <fn>_cuda with the same arguments.
     cpu_variant() -> "x86-64-v2" | "avx2" | "avx512" | "avx512bf16" | "generic"
     cuda_archs() -> "8.0 9.0 ...", "" when built without nvcc
     cuda_status() -> "" when the CUDA kernels can run on this machine, else why not (only when built with nvcc)
