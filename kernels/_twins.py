@@ -22,15 +22,15 @@ def twins(
     forward: Callable[..., tuple[Tensor, ...]],
     backward: Callable[..., Sequence[Tensor | None]],
     functions: tuple[str, str] | None = None,
-) -> dict[str, tuple[Backend, ...]]:
-    """`cpu=` and `cuda=` of an `Op`: its backends "native" and "cuda".
+) -> tuple[Backend, Backend]:
+    """The backends "native" and "cuda" of an op.
 
     forward(run, *args) and backward(run, grad, saved, args, needs) are a `Backend`'s with the native function in front.
     functions: their names without suffix, where they are not <name>_fwd and <name>_bwd.
     """
     fwd_name, bwd_name = functions or (f"{name}_fwd", f"{name}_bwd")
 
-    def one(label: str, library: Callable[[], Any], suffix: str) -> tuple[Backend, ...]:
+    def one(label: str, library: Callable[[], Any], suffix: str) -> Backend:
         def fwd(*args: Any) -> tuple[Tensor, ...]:
             return forward(getattr(library(), fwd_name + suffix), *args)
 
@@ -39,6 +39,6 @@ def twins(
         ) -> Sequence[Tensor | None]:
             return backward(getattr(library(), bwd_name + suffix), grad, saved, args, needs)
 
-        return (Backend(label, fwd, bwd, library=label),)
+        return Backend(label, fwd, bwd, library=label)
 
-    return {"cpu": one("native", lambda: _native.lib(), ""), "cuda": one("cuda", lambda: _native.cuda(), "_cuda")}
+    return one("native", lambda: _native.lib(), ""), one("cuda", lambda: _native.cuda(), "_cuda")

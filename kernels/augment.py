@@ -205,10 +205,12 @@ def _cost(x: Tensor, colour: Tensor | None = None, *rest: Any, **named: Any) -> 
     return Cost(5 * x.numel(), 2 * x.numel() * x.element_size(), 1 if colour is None else 2)
 
 
+_diff_augment_cpu, _diff_augment_cuda = twins("diff_augment", _forward, _backward)
 diff_augment = Op(
     "diff_augment",
     ref=diff_augment_ref,
-    **twins("diff_augment", _forward, _backward),
+    cpu=(_diff_augment_cpu,),
+    cuda=(_diff_augment_cuda,),
     fake=_fake,
     check=_check,
     unsupported=_unsupported,

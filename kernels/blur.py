@@ -224,10 +224,12 @@ def _up_cost(x: Tensor, height: int, width: int, *rest: Any, **options: Any) -> 
     return Cost(3 * x.numel() + 5 * out, (x.numel() + out) * x.element_size(), 1)
 
 
+_blur_down_cpu, _blur_down_cuda = twins("blur_down", _down_forward, _down_backward, ("blur_down", "blur_up"))
 blur_down = Op(
     "blur_down",
     ref=blur_down_ref,
-    **twins("blur_down", _down_forward, _down_backward, ("blur_down", "blur_up")),
+    cpu=(_blur_down_cpu,),
+    cuda=(_blur_down_cuda,),
     fake=_down_fake,
     check=_down_check,
     unsupported=_unsupported,
@@ -235,10 +237,12 @@ blur_down = Op(
     cost=_down_cost,
 )
 
+_blur_up_cpu, _blur_up_cuda = twins("blur_up", _up_forward, _up_backward, ("blur_up", "blur_down"))
 blur_up = Op(
     "blur_up",
     ref=blur_up_ref,
-    **twins("blur_up", _up_forward, _up_backward, ("blur_up", "blur_down")),
+    cpu=(_blur_up_cpu,),
+    cuda=(_blur_up_cuda,),
     fake=_up_fake,
     check=_up_check,
     unsupported=_unsupported,

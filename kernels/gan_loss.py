@@ -179,10 +179,12 @@ def _generator_cost(fake: Tensor, kind: str = "non_saturating") -> Cost:
     return Cost(4 * fake.numel(), fake.numel() * fake.element_size() + 4, 1)
 
 
+_discriminator_loss_cpu, _discriminator_loss_cuda = twins("discriminator_loss", _forward, _backward)
 discriminator_loss = Op(
     "discriminator_loss",
     ref=discriminator_loss_ref,
-    **twins("discriminator_loss", _forward, _backward),
+    cpu=(_discriminator_loss_cpu,),
+    cuda=(_discriminator_loss_cuda,),
     fake=_fake,
     outputs=4,
     saved=1,
@@ -193,10 +195,12 @@ discriminator_loss = Op(
     fp32=frozenset({"ema"}),
 )
 
+_generator_loss_cpu, _generator_loss_cuda = twins("generator_loss", _generator_forward, _generator_backward)
 generator_loss = Op(
     "generator_loss",
     ref=generator_loss_ref,
-    **twins("generator_loss", _generator_forward, _generator_backward),
+    cpu=(_generator_loss_cpu,),
+    cuda=(_generator_loss_cuda,),
     fake=_generator_fake,
     check=_generator_check,
     unsupported=_unsupported,

@@ -269,10 +269,12 @@ def _affine_cost(x: Tensor, *rest: Any, **named: Any) -> Cost:
     return Cost(4 * x.numel(), 2 * x.numel() * x.element_size() + vectors, 1)
 
 
+_norm_act_cpu, _norm_act_cuda = twins("norm_act", _norm_forward, _norm_backward)
 norm_act = Op(
     "norm_act",
     ref=norm_act_ref,
-    **twins("norm_act", _norm_forward, _norm_backward),
+    cpu=(_norm_act_cpu,),
+    cuda=(_norm_act_cuda,),
     fake=_fake,
     outputs=3,
     detached=2,
@@ -284,10 +286,12 @@ norm_act = Op(
     fp32=frozenset({"conv_bias", "weight", "bias"}),
 )
 
+_affine_act_cpu, _affine_act_cuda = twins("affine_act", _affine_forward, _affine_backward)
 affine_act = Op(
     "affine_act",
     ref=affine_act_ref,
-    **twins("affine_act", _affine_forward, _affine_backward),
+    cpu=(_affine_act_cpu,),
+    cuda=(_affine_act_cuda,),
     fake=_affine_fake,
     check=_affine_check,
     unsupported=_unsupported,
