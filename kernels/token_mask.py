@@ -76,7 +76,6 @@ def _words(value: Any) -> tuple[Any, Any]:
     return value & _WORD, (value >> 32) & _WORD
 
 
-@functools.lru_cache(maxsize=256)
 def _thresholds(tokens: int, low: float, high: float) -> tuple[int, tuple[int, ...]]:
     """(base, thresholds): count = base + number of thresholds below a uniform 53-bit integer.
 
@@ -92,10 +91,14 @@ def _thresholds(tokens: int, low: float, high: float) -> tuple[int, tuple[int, .
     return first, tuple(int((1 - math.erf((high - k / tokens) / root) / whole) * 2**53) for k in inner)
 
 
+# The reference calls `_thresholds` itself: torch.compile warns of caches that it traces through.
+_cached_thresholds = functools.lru_cache(maxsize=256)(_thresholds)
+
+
 @functools.lru_cache(maxsize=64)
 def _threshold_table(tokens: int, low: float, high: float, device: torch.device) -> Tensor:
     """The thresholds on a device, copied there once (before a capture, by its warm-up)."""
-    return torch.tensor(_thresholds(tokens, low, high)[1], dtype=torch.int64, device=device)
+    return torch.tensor(_cached_thresholds(tokens, low, high)[1], dtype=torch.int64, device=device)
 
 
 def _check_ratios(tokens: int, low: float, high: float) -> None:
@@ -113,7 +116,7 @@ def host_mask_count(
     image: the image's index in the global batch where each image has its own ratio; None: the step's one ratio.
     """
     _check_ratios(tokens, low, high)
-    base, thresholds = _thresholds(tokens, float(low), float(high))
+    base, thresholds = _cached_thresholds(tokens, float(low), float(high))
     domain, index = (_STEP_RATIO, 0) if image is None else (_IMAGE_RATIO, image & _WORD)
     r0, r1, _, _ = _philox((domain, index, *_words(step)), _words(seed))
     uniform = ((r0 >> 5) << 26) | (r1 >> 6)
@@ -182,7 +185,7 @@ def _padded(tokens: int) -> dict[str, int]:
 
 
 def _counts_args(seed: Tensor, tokens: int, low: float, high: float) -> tuple[int, Tensor]:
-    base, _ = _thresholds(tokens, float(low), float(high))
+    base, _ = _cached_thresholds(tokens, float(low), float(high))
     return base, _threshold_table(tokens, float(low), float(high), seed.device)
 
 

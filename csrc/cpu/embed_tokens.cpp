@@ -1,9 +1,9 @@
 // out = [cls | image tokens] + pos, then latents + latent_pos; (B, P + N + L, D), and its gradients.
 //
-// An image token is its patch, or mask_token where mask is set or where there are no patches at all. Tokens are taken in
-// blocks of kRows and for each block all images: what the images share is brought to fp32 once and stays in the cache,
-// and so do the sums over the images in the backward. The sum for mask_token is kept per block and added in order, so
-// results do not depend on the number of threads.
+// An image token is its patch, or mask_token where mask is set or where there are no patches at all.
+// Forward: one sum of two rows per output row, in any types. Backward: blocks of kRows tokens and for each all images, so
+// that the sums over the images stay in the cache; the sum for mask_token is kept per block and added in order, so results
+// do not depend on the number of threads.
 
 #include "cpu/types.h"
 
@@ -16,11 +16,11 @@ struct EmbedArgs {
   bool batched;   // latents (B, L, D), else (L, D)
   bool replaced;  // no patches: every image token is the mask token
   int64_t B, N, P, L, D;
-  float* rows;      // kRows + 1 rows of D floats per thread
+  float* rows;      // backward: kRows rows of D floats per thread
   float* partials;  // backward: blocks * D floats
 };
 
-constexpr int64_t kRows = 8;
+constexpr int64_t kStretch = 256, kRows = 16;
 constexpr int kImages = 4;  // the backward adds up this many images in registers before it touches the sum
 
 }  // namespace mf
@@ -38,61 +38,48 @@ template <class F> MF_INLINE void with_types(const EmbedArgs& a, F f) {
   else f(float{}, f16{});
 }
 
-// Row i of a plus row j of b in fp32, either may be absent: a tensor's own row where one is fp32 and alone, else `buffer`.
-MF_INLINE const float* sum_rows(Column a, int64_t i, Column b, int64_t j, int64_t D, float* buffer) {
-  if (a.data == nullptr && b.data == nullptr) return (const float*)memset(buffer, 0, sizeof(float) * D);
-  if (a.data == nullptr || b.data == nullptr) return a.data == nullptr ? float_row(b, j, D, buffer) : float_row(a, i, D, buffer);
-  const float* first = float_row(a, i, D, buffer);
-  with_type(b.type, [&](auto t) {
-    const auto* second = (const decltype(t)*)b.data + j * D;
-    each(D, [&](int64_t n, auto k) { store(buffer + n, load(first + n, k) + load(second + n, k), k); });
-  });
-  return buffer;
-}
-
 MF_INLINE void put_row(Column c, int64_t at, int64_t D, const float* row) {
   if (c.data == nullptr) return;
   each(D, [&](int64_t i, auto k) { store_row(c, at, D, i, load(row + i, k), k); });
 }
 
-template <class T, class TP> static void forward(const EmbedArgs& a) {
+// out = row i of a plus row j of b; either may be absent
+template <class T> MF_INLINE void add_rows(T* out, Column a, int64_t i, Column b, int64_t j, int64_t D) {
+  if (a.data == nullptr) a = b, i = j, b.data = nullptr;
+  if (a.data == nullptr) {
+    memset(out, 0, sizeof(T) * D);
+    return;
+  }
+  with_type(a.type, [&](auto ta) {
+    const auto* first = (const decltype(ta)*)a.data + i * D;
+    if (b.data == nullptr) {
+      each(D, [&](int64_t n, auto k) { store(out + n, load(first + n, k), k); });
+      return;
+    }
+    with_type(b.type, [&](auto tb) {
+      const auto* second = (const decltype(tb)*)b.data + j * D;
+      each(D, [&](int64_t n, auto k) { store(out + n, load(first + n, k) + load(second + n, k), k); });
+    });
+  });
+}
+
+// Stretches of about kStretch tokens, for each all images, so that the stretch's pos stays in L2 and the output is written
+// in long runs.
+template <class T> static void forward(const EmbedArgs& a) {
   const int64_t D = a.D, S = a.P + a.N + a.L, image_end = a.P + a.N;
+  const int64_t stretches = (S + kStretch - 1) / kStretch, length = (S + stretches - 1) / stretches;
 #pragma omp parallel if (a.B * S * D > kSerial)
   {
-    float* rows = a.rows + omp_get_thread_num() * (kRows + 1) * D;
-    const float *token = float_row(a.token, 0, D, rows + kRows * D), *shared[kRows];
-    const Column none{nullptr, DType::f32};
-    const Share share = my_share((S + kRows - 1) / kRows);
-    for (int64_t block = share.begin; block < share.end; ++block) {
-      const int64_t first = block * kRows, last = first + kRows < S ? first + kRows : S;
-      for (int64_t t = first; t < last; ++t) {
-        float* row = rows + (t - first) * D;
-        const int64_t latent = t - image_end;
-        shared[t - first] = t < a.P          ? sum_rows(a.cls, t, a.pos, t, D, row)
-                            : t < image_end ? sum_rows(a.replaced ? a.token : none, 0, a.pos, t, D, row)
-                                            : sum_rows(a.batched ? none : a.latents, latent, a.latent_pos, latent, D, row);
-      }
-      for (int64_t b = 0; b < a.B; ++b)
-        for (int64_t t = first; t < last; ++t) {
-          const float* row = shared[t - first];
-          T* out = (T*)a.out.data + (b * S + t) * D;
-          if (t >= a.P && t < image_end && !a.replaced) {
-            const int64_t at = b * a.N + t - a.P;
-            if (a.mask != nullptr && a.mask[at]) {
-              each(D, [&](int64_t i, auto k) { store(out + i, load(token + i, k) + load(row + i, k), k); });
-            } else {
-              const TP* x = (const TP*)a.patches.data + at * D;
-              each(D, [&](int64_t i, auto k) { store(out + i, load(x + i, k) + load(row + i, k), k); });
-            }
-          } else if (t >= image_end && a.batched) {
-            with_type(a.latents.type, [&](auto type) {
-              const auto* x = (const decltype(type)*)a.latents.data + (b * a.L + t - image_end) * D;
-              each(D, [&](int64_t i, auto k) { store(out + i, load(x + i, k) + load(row + i, k), k); });
-            });
-          } else {
-            each(D, [&](int64_t i, auto k) { store(out + i, load(row + i, k), k); });
-          }
-        }
+    const Share share = my_share(stretches * a.B * length);
+    for (int64_t item = share.begin; item < share.end; ++item) {
+      const int64_t b = item / length % a.B, t = item / (length * a.B) * length + item % length;
+      if (t >= S) continue;
+      T* out = (T*)a.out.data + (b * S + t) * D;
+      const int64_t n = b * a.N + t - a.P, l = t - image_end;
+      if (t < a.P) add_rows(out, a.cls, t, a.pos, t, D);
+      else if (t >= image_end) add_rows(out, a.latents, a.batched ? b * a.L + l : l, a.latent_pos, l, D);
+      else if (a.replaced || (a.mask != nullptr && a.mask[n])) add_rows(out, a.token, 0, a.pos, t, D);
+      else add_rows(out, a.patches, n, a.pos, t, D);
     }
   }
 }
@@ -102,11 +89,12 @@ template <int N> struct Images { static constexpr int n = N; };
 template <class T, class TP> static void backward(const EmbedArgs& a) {
   const int64_t D = a.D, S = a.P + a.N + a.L, image_end = a.P + a.N, blocks = (S + kRows - 1) / kRows;
   const bool latent_sums = a.latent_pos.data != nullptr || (!a.batched && a.latents.data != nullptr);
-  const bool image_sums = a.pos.data != nullptr || (a.replaced && a.token.data != nullptr);
-  const bool token_sums = a.token.data != nullptr && !a.replaced && a.mask != nullptr;
+  const bool image_sums = a.pos.data != nullptr, tail_writes = a.batched && a.latents.data != nullptr;
+  const bool token_sums = a.token.data != nullptr && (a.replaced || a.mask != nullptr);
+  const bool latents_as_patches = a.patches.data == nullptr && a.latents.type == a.out.type;  // else a pass of their own
 #pragma omp parallel if (a.B * S * D > kSerial)
   {
-    float* rows = a.rows + omp_get_thread_num() * (kRows + 1) * D;
+    float* rows = a.rows + omp_get_thread_num() * kRows * D;
     const Share share = my_share(blocks);
     for (int64_t block = share.begin; block < share.end; ++block) {
       const int64_t first = block * kRows, last = first + kRows < S ? first + kRows : S;
@@ -120,13 +108,15 @@ template <class T, class TP> static void backward(const EmbedArgs& a) {
           float* row = rows + (t - first) * D;
           const T* dy[kImages];
           TP* dx[kImages] = {};
-          bool masked[kImages] = {}, any = false, writes = tail && a.batched && a.latents.data != nullptr;
+          bool masked[kImages] = {}, any = false, writes = tail && tail_writes;
           const int count = (int)(a.B - b < kImages ? a.B - b : kImages);
           for (int j = 0; j < count; ++j) {
             dy[j] = (const T*)a.out.data + ((b + j) * S + t) * D;
+            if (tail && tail_writes && latents_as_patches)
+              dx[j] = (TP*)a.latents.data + ((b + j) * a.L + t - image_end) * D;
             if (!image) continue;
             const int64_t at = (b + j) * a.N + t - a.P;
-            masked[j] = a.mask != nullptr && a.mask[at];
+            masked[j] = a.replaced || (a.mask != nullptr && a.mask[at]);
             if (a.patches.data != nullptr) dx[j] = (TP*)a.patches.data + at * D;
             if (dx[j] != nullptr && masked[j]) memset(dx[j], 0, sizeof(TP) * D), dx[j] = nullptr;
             masked[j] = masked[j] && token_sums;
@@ -136,7 +126,7 @@ template <class T, class TP> static void backward(const EmbedArgs& a) {
           if (!sums && !any && !writes) continue;
           const auto group = [&](auto n) {
             each(D, [&](int64_t i, auto k) {
-              vf s = b > 0 ? load(row + i, k) : (vf){}, m = any ? load(token + i, k) : (vf){};
+              vf s = sums && b > 0 ? load(row + i, k) : (vf){}, m = any ? load(token + i, k) : (vf){};
               for (int j = 0; j < (n.n > 0 ? n.n : count); ++j) {
                 const vf d = load(dy[j] + i, k);
                 s += d;
@@ -149,7 +139,7 @@ template <class T, class TP> static void backward(const EmbedArgs& a) {
           };
           if (count == kImages) group(Images<kImages>{});
           else group(Images<0>{});
-          if (tail && a.batched && a.latents.data != nullptr)
+          if (tail && tail_writes && !latents_as_patches)
             for (int j = 0; j < count; ++j)
               with_type(a.latents.type, [&](auto type) {
                 auto* dz = (decltype(type)*)a.latents.data + ((b + j) * a.L + t - image_end) * D;
@@ -162,8 +152,6 @@ template <class T, class TP> static void backward(const EmbedArgs& a) {
         else put_row(a.latent_pos, t - image_end, D, row);
         if (t < a.P) put_row(a.cls, t, D, row);
         if (t >= image_end && !a.batched) put_row(a.latents, t - image_end, D, row);
-        if (t >= a.P && t < image_end && a.replaced && image_sums)
-          each(D, [&](int64_t i, auto k) { store(token + i, load(token + i, k) + load(row + i, k), k); });
       }
     }
     if (a.token.data != nullptr) {
@@ -181,7 +169,7 @@ template <class T, class TP> static void backward(const EmbedArgs& a) {
 }
 
 void embed_tokens_fwd(const EmbedArgs& a) {
-  with_types(a, [&](auto t, auto tp) { forward<decltype(t), decltype(tp)>(a); });
+  with_type(a.out.type, [&](auto t) { forward<decltype(t)>(a); });
 }
 void embed_tokens_bwd(const EmbedArgs& a) {
   with_types(a, [&](auto t, auto tp) { backward<decltype(t), decltype(tp)>(a); });
@@ -242,8 +230,6 @@ void fwd(MaybeTensor patches, MaybeTensor mask, MaybeTensor token, MaybeTensor p
   if ((a.replaced || mask.has_value()) && !token.has_value())
     TVM_FFI_THROW(ValueError) << "mask_token must be given where tokens are replaced by it";
   if (out.numel() == 0) return;
-  Scratch rows(omp_get_max_threads() * (kRows + 1) * a.D);
-  a.rows = rows.get();
   MF_CALL(embed_tokens_fwd, a);
 }
 
@@ -256,7 +242,7 @@ void bwd(TensorView dy, MaybeTensor mask, MaybeTensor dpatches, MaybeTensor dtok
   a.replaced = replaced != 0;
   fill(a, dy, mask, dpatches, dtoken, dpos, dcls, dlatents, dlatent_pos);
   if (a.D == 0) return;
-  Scratch rows(omp_get_max_threads() * (kRows + 1) * a.D);
+  Scratch rows(omp_get_max_threads() * kRows * a.D);
   Scratch partials((prefix + tokens + latents + kRows - 1) / kRows * a.D);
   a.rows = rows.get();
   a.partials = partials.get();
