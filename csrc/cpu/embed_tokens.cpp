@@ -43,6 +43,9 @@ MF_INLINE void put_row(Column c, int64_t at, int64_t D, const float* row) {
   each(D, [&](int64_t i, auto k) { store_row(c, at, D, i, load(row + i, k), k); });
 }
 
+template <class A, class B> struct Same { static constexpr bool value = false; };
+template <class A> struct Same<A, A> { static constexpr bool value = true; };
+
 // out = row i of a plus row j of b; either may be absent
 template <class T> MF_INLINE void add_rows(T* out, Column a, int64_t i, Column b, int64_t j, int64_t D) {
   if (a.data == nullptr) a = b, i = j, b.data = nullptr;
@@ -53,7 +56,8 @@ template <class T> MF_INLINE void add_rows(T* out, Column a, int64_t i, Column b
   with_type(a.type, [&](auto ta) {
     const auto* first = (const decltype(ta)*)a.data + i * D;
     if (b.data == nullptr) {
-      each(D, [&](int64_t n, auto k) { store(out + n, load(first + n, k), k); });
+      if (Same<T, decltype(ta)>::value) memcpy(out, first, sizeof(T) * D);
+      else each(D, [&](int64_t n, auto k) { store(out + n, load(first + n, k), k); });
       return;
     }
     with_type(b.type, [&](auto tb) {
