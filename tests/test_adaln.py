@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from maetok_fast.kernels import adaln, adaln_ref, backend, bias_gelu, gate_residual, ops, residual_adaln, swiglu
 from maetok_fast.kernels import _op as op_module
+from maetok_fast.kernels import adaln, adaln_ref, backend, bias_gelu, gate_residual, ops, residual_adaln, swiglu
 from maetok_fast.layers import LayerNorm, Mlp, RMSNorm, SwiGLU
 from maetok_fast.models import SiT, SiTConfig
 
