@@ -248,6 +248,19 @@ template <class K> MF_INLINE void store_row(Column p, int64_t row, int64_t n, in
   with_type(p.type, [&](auto t) { store((decltype(t)*)p.data + row * n + i, v, k); });
 }
 
+// Row `row` of p, to be touched ahead of its use: a pass that computes in L1 has the memory to itself. An absent p is a
+// line that is there anyway.
+struct Ahead {
+  const char* start;
+  int64_t step;
+  static inline __attribute__((always_inline)) Ahead of(Column p, int64_t row, int64_t n, const void* absent) {
+    const int64_t size = p.type == DType::f32 ? 4 : 2;
+    if (p.data == nullptr) return {(const char*)absent, 0};
+    return {(const char*)p.data + row * n * size, size};
+  }
+  inline __attribute__((always_inline)) void touch(int64_t i) const { __builtin_prefetch(start + i * step); }
+};
+
 // The share [begin, end) of `count` items that belongs to this thread of the team.
 struct Share { int64_t begin, end; };
 MF_INLINE Share my_share(int64_t count) {
