@@ -1,5 +1,5 @@
 # Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
-"""What every Triton kernel costs on each GPU architecture, without a GPU.
+"""What every GPU kernel, Triton and CUDA C++, costs on each GPU architecture, without a GPU.
 
     python benchmarks/cost.py            compile and print the table
     python benchmarks/cost.py --write    ... and store it in benchmarks/cost.json and COST.md
@@ -12,8 +12,13 @@ then compiled ahead of time for sm_80, sm_90 and sm_100, and ptxas and nvdisasm 
     registers a thread, bytes spilled (stores + loads), shared memory a block, tensor-core instructions,
     ptxas' remark C7515 (wgmma serialised)
 
-Rules: no kernel of a forward spills; every 16-bit attention kernel has tensor-core
-instructions; wgmma is not serialised.
+csrc/cuda/*.cu is compiled by nvcc for the same architectures, every instantiation is a row, its op is the file. Without
+nvcc these rows are taken over from the stored table, unchecked, and the report says so.
+
+Every row of the attention's tile table is compiled: those that no real sample reaches by `extra_samples`.
+
+Rules: no kernel of a forward and no CUDA C++ kernel spills; every 16-bit attention kernel has tensor-core
+instructions; wgmma is not serialised; no row of the tile table is left out.
 Gate: registers, spills and shared memory may not grow by more than 10 %, tensor-core instructions may not vanish, and
 launches per call may not grow.
 """
@@ -25,11 +30,12 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +46,8 @@ ARCHS = (80, 90, 100)
 MMA = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA|QGMMA|QMMA|IMMA)\b")
 TENSOR_CORE = ("attention_fwd", "attention_bwd_dq", "attention_bwd_dkdv")  # must use them in 16 bits
 COLUMNS = ("registers", "spill", "shared", "mma")
+CSRC = Path(__file__).resolve().parent.parent / "csrc"
+CUDA = " [CUDA C++]"  # closes the label of a row that nvcc compiled
 
 
 @dataclass(frozen=True)
@@ -87,20 +95,57 @@ class Row:
     def key(self) -> str:
         return f"{self.launch} sm_{self.arch}"
 
+    @property
+    def cuda(self) -> bool:
+        """Whether nvcc compiled it, not Triton."""
+        return self.launch.endswith(CUDA)
+
 
 @dataclass
 class Report:
+    """nvcc: the version that compiled the CUDA C++ rows, "" where there are none. unchecked: why these were taken over
+    from the stored table, if they were. missed: rows of the tile table that nothing reached. Neither is stored."""
+
     triton: str
     rows: list[Row] = field(default_factory=list)
     launches: dict[str, int] = field(default_factory=dict)
+    nvcc: str = ""
+    unchecked: str = ""
+    missed: list[str] = field(default_factory=list)
 
 
-def record(arch: int, dtypes: tuple[str, ...] = ("bfloat16", "float32")) -> tuple[list[Launch], dict[str, int]]:
-    """(distinct launches, number of launches by "op | direction | sample") of every op's real samples on sm_`arch`."""
+def extra_samples(op: str) -> list[Any]:
+    """Samples beside the real ones, for the rows of the tile table that no model of the library reaches."""
+    if op != "rope_attention":
+        return []
+    from maetok_fast.kernels import Sample
+
+    def wide(rotated: bool) -> Callable[[Callable[..., Any]], dict[str, Any]]:
+        def make(randn: Callable[..., Any]) -> dict[str, Any]:
+            args = {"qkv": randn(4, 256, 3, 16, 128)}
+            return args | {"rope": randn(2, 16, 256, 64, dtype=_float32())} if rotated else args
+
+        return make
+
+    return [Sample("head_dim 128", wide(False)), Sample("head_dim 128, rotated", wide(True))]
+
+
+def _float32() -> Any:
+    import torch
+
+    return torch.float32
+
+
+def record(
+    arch: int, dtypes: tuple[str, ...] = ("bfloat16", "float32"), reached: set[tuple[Any, ...]] | None = None
+) -> tuple[list[Launch], dict[str, int]]:
+    """(distinct launches, number of launches by "op | direction | sample") of every op's real samples on sm_`arch`.
+    `reached` collects the rows of the tile table, (kernel, itemsize, head_dim, rotates, architecture at least)."""
     import torch
     from triton.runtime.jit import JITFunction
 
-    from maetok_fast.kernels import ops
+    from maetok_fast.kernels import _rope_attention_triton as attention
+    from maetok_fast.kernels import _tiles, ops
     from maetok_fast.kernels._tiles import pretend_arch
 
     seen: dict[Launch, None] = {}
@@ -115,16 +160,26 @@ def record(arch: int, dtypes: tuple[str, ...] = ("bfloat16", "float32")) -> tupl
         key = " | ".join(current)
         counts[key] = counts.get(key, 0) + 1
 
+    def attention_tile(kernel: str, itemsize: int, head_dim: int, rotates: bool) -> Any:
+        for row, by_arch in _tiles.ATTENTION_TILES.items():
+            if row[:2] == (kernel, itemsize) and head_dim <= row[2] and row[3] == rotates:
+                if reached is not None:
+                    reached.add((*row, next(least for least in by_arch if arch >= least)))
+                break
+        return _tiles.attention_tile(kernel, itemsize, head_dim, rotates)
+
     stock, JITFunction.run = JITFunction.run, run
+    attention.attention_tile = attention_tile
     try:
         with pretend_arch(arch):
             for op, dtype in itertools.product(ops().values(), dtypes):
                 triton_backends = [b for b in op.cuda if b.library == "triton"]
-                for backend, sample in itertools.product(triton_backends, op.samples()):
-                    if sample.real:
-                        _drive(op, backend, sample, getattr(torch, dtype), current)
+                samples = [*(s for s in op.samples() if s.real), *extra_samples(op.name)]
+                for backend, sample in itertools.product(triton_backends, samples):
+                    _drive(op, backend, sample, getattr(torch, dtype), current)
     finally:
         JITFunction.run = stock
+        attention.attention_tile = _tiles.attention_tile
     return list(seen), counts
 
 
@@ -232,6 +287,102 @@ def _assemble(ptx: str, arch: int, cubin: bytes) -> tuple[str, str]:
     return log.stderr + log.stdout, sass.stdout
 
 
+def find_nvcc() -> str | None:
+    """nvcc as setup.py would find it on this machine, or None."""
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    candidates = [*(str(Path(home) / "bin" / "nvcc") for home in homes), "nvcc", "/usr/local/cuda/bin/nvcc"]
+    return next((found for found in map(shutil.which, candidates) if found), None)
+
+
+def nvcc_version(nvcc: str) -> str:
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"V(\d[\d.]*)", text)
+    return found.group(1) if found else "unknown"
+
+
+def compile_cuda(source: Path, nvcc: str, archs: tuple[int, ...]) -> list[Row]:
+    """The rows of one .cu file: one for each instantiated kernel and architecture. A failure becomes Row.error."""
+    from tvm_ffi.libinfo import find_dlpack_include_path, find_include_path
+
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [
+                nvcc, "-std=c++17", "-O3", "-Xptxas", "-v", *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs),
+                f"-I{CSRC}", f"-I{find_include_path()}", f"-I{find_dlpack_include_path()}", '-DMF_CUDA_ARCHS=""',
+                "-c", source, "-o", Path(folder) / "o",
+            ],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    if done.returncode != 0:
+        lines = (done.stderr + done.stdout).strip().splitlines()
+        first = next((line for line in lines if "error" in line), lines[-1] if lines else "no output")
+        return [Row(f"{source.name}{CUDA}", source.stem, "forward", arch, error=first) for arch in archs]
+    return parse_ptxas(done.stderr + done.stdout, source.stem)
+
+
+def parse_ptxas(log: str, op: str) -> list[Row]:
+    """What `ptxas -v` printed, as rows; a kernel's direction is in its name. Shared memory is the static part."""
+    rows = []
+    for part in re.split(r"Compiling entry function ", log)[1:]:
+        name = re.match(r"'(\w+)' for 'sm_(\d+)a?'", part)
+        if name is None:
+            continue
+        row = Row(name.group(1), op, "backward" if "_bwd" in name.group(1) else "forward", int(name.group(2)))
+        row.registers = max((int(n) for n in re.findall(r"Used (\d+) registers", part)), default=0)
+        row.spill = sum(int(n) for n in re.findall(r"(\d+) bytes spill", part))
+        row.shared = max((int(n) for n in re.findall(r"(\d+) bytes smem", part)), default=0)
+        rows.append(row)
+    for row, name in zip(rows, demangle([row.launch for row in rows])):
+        row.launch = name + CUDA
+    return rows
+
+
+def demangle(names: list[str]) -> list[str]:
+    """kernel<types> without namespaces and arguments; the names as they are where there is no c++filt."""
+    if not names or shutil.which("c++filt") is None:
+        return names
+    done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
+    out = []
+    for line in done.stdout.splitlines():
+        line = re.sub(r"\(anonymous namespace\)::|\b\w+::", "", line.replace("void ", "", 1))
+        depth, end = 0, len(line)
+        for i, c in enumerate(line):  # up to the argument list
+            depth += (c == "<") - (c == ">")
+            if c == "(" and depth == 0:
+                end = i
+                break
+        out.append(line[:end])
+    return out
+
+
+def add_cuda(report: Report, progress: Callable[[str], None], only: str, archs: tuple[int, ...]) -> None:
+    """The CUDA C++ rows, compiled or, without nvcc, taken over unchecked."""
+    sources = [p for p in sorted(CSRC.glob("cuda/*.cu")) if p.stem != "info" and only in p.read_text()]
+    nvcc = find_nvcc()
+    if nvcc is None:
+        stored = load() if TABLE.exists() else Report("")
+        report.nvcc, report.unchecked = (
+            stored.nvcc,
+            "nvcc was not found: the CUDA C++ rows are the stored ones, unchecked",
+        )
+        report.rows += [row for row in stored.rows if row.cuda and only in row.launch and row.arch in archs]
+        return
+    report.nvcc = nvcc_version(nvcc)
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+        for rows in pool.map(lambda source: compile_cuda(source, nvcc, archs), sources):
+            report.rows += [row for row in rows if only in row.launch or row.error]
+            for row in rows:
+                progress(row.key)
+
+
+def missed_tiles(reached: set[tuple[Any, ...]]) -> list[str]:
+    """Rows of the tile table that no recorded launch used."""
+    from maetok_fast.kernels._tiles import ATTENTION_TILES
+
+    every = {(*row, least) for row, by_arch in ATTENTION_TILES.items() for least in by_arch}
+    return [f"tile {row}: no sample reaches it, so it was not compiled" for row in sorted(every - reached)]
+
+
 def build(
     progress: Callable[[str], None] = lambda line: None, only: str = "", archs: tuple[int, ...] = ARCHS
 ) -> Report:
@@ -240,24 +391,31 @@ def build(
 
     work: list[tuple[Launch, int]] = []
     counts: dict[str, int] = {}
+    reached: set[tuple[Any, ...]] = set()
     for arch in archs:
-        launches, counts = record(arch)
+        launches, counts = record(arch, reached=reached)
         work += [(launch, arch) for launch in launches if only in launch.kernel]
     report = Report(triton.__version__, launches=dict(sorted(counts.items())))
-    with ProcessPoolExecutor(min(len(work), os.cpu_count() or 1)) as pool:
-        for row in pool.map(compile_launch, *zip(*work)):
-            report.rows.append(row)
-            progress(row.key)
+    if archs == ARCHS:
+        report.missed = missed_tiles(reached)
+    if work:
+        with ProcessPoolExecutor(min(len(work), os.cpu_count() or 1)) as pool:
+            for row in pool.map(compile_launch, *zip(*work)):
+                report.rows.append(row)
+                progress(row.key)
+    add_cuda(report, progress, only, archs)
     report.rows.sort(key=lambda r: (r.op, r.direction, r.launch, r.arch))
     return report
 
 
 def broken_rules(report: Report) -> list[str]:
     """What is wrong with a report by itself, one sentence each."""
-    out = []
+    out = list(report.missed)
     for row in report.rows:
         if row.error:
             out.append(f"{row.key}: does not compile: {row.error}")
+        elif row.cuda and row.spill:
+            out.append(f"{row.key}: spills {row.spill} bytes")
         elif row.direction == "forward" and row.spill:
             out.append(f"{row.key}: a forward kernel spills {row.spill} bytes")
         elif any(name in row.launch for name in TENSOR_CORE) and "(fp32" not in row.launch and not row.mma:
@@ -268,11 +426,11 @@ def broken_rules(report: Report) -> list[str]:
 
 
 def regressions(now: Report, before: Report, slack: float = 0.10) -> list[str]:
-    """Where `now` is worse than the stored report. Rows of another Triton version are not compared."""
+    """Where `now` is worse than the stored report. Rows of another Triton or nvcc version are not compared."""
     out = []
-    if now.triton == before.triton:
-        old = {row.key: row for row in before.rows}
-        for row in now.rows:
+    old = {row.key: row for row in before.rows}
+    for row in now.rows:
+        if (now.nvcc == before.nvcc) if row.cuda else (now.triton == before.triton):
             stored = old.get(row.key)
             if stored is None:
                 out.append(f"{row.key}: not in {TABLE.name}; run python benchmarks/cost.py --write")
@@ -291,11 +449,12 @@ def regressions(now: Report, before: Report, slack: float = 0.10) -> list[str]:
 
 def load(path: Path = TABLE) -> Report:
     raw = json.loads(path.read_text())
-    return Report(raw["triton"], [Row(**row) for row in raw["rows"]], raw["launches"])
+    return Report(raw["triton"], [Row(**row) for row in raw["rows"]], raw["launches"], raw.get("nvcc", ""))
 
 
 def save(report: Report, path: Path = TABLE) -> None:
-    text = json.dumps(asdict(report), indent=None, separators=(", ", ": "))
+    stored = {k: v for k, v in asdict(report).items() if k not in ("unchecked", "missed") and (v or k != "nvcc")}
+    text = json.dumps(stored, indent=None, separators=(", ", ": "))
     path.write_text(text.replace("}, {", "},\n{").replace('"rows": [', '"rows": [\n').replace("}], ", "}],\n") + "\n")
 
 
@@ -304,7 +463,9 @@ def markdown(report: Report) -> str:
     lines = [
         "# What the GPU kernels cost",
         "",
-        f"Printed by `python benchmarks/cost.py --write` (Triton {report.triton}), held by `tests/test_cost.py` and",
+        f"Printed by `python benchmarks/cost.py --write` (Triton {report.triton}"
+        + (f", nvcc {report.nvcc}" if report.nvcc else "")
+        + "), held by `tests/test_cost.py` and",
         "`--check`. Each cell: registers a thread / bytes spilled / shared memory a block in bytes / tensor-core",
         "instructions; compiled for the models' real shapes, no GPU involved, so nothing here is a speed.",
         "",
@@ -336,6 +497,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--write stores the whole table: leave --only out")
 
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import Progress
     from rich.table import Table
 
@@ -347,12 +509,14 @@ def main(argv: list[str] | None = None) -> int:
     for row in report.rows:
         note = row.error or ("wgmma serialised" if row.serialised else "")
         values = (str(getattr(row, c)) for c in COLUMNS)
-        table.add_row(row.launch, f"sm_{row.arch}", *values, note)
+        table.add_row(escape(row.launch), f"sm_{row.arch}", *values, note)
     console.print(table)
     counts = Table("op", "direction", "shape", "launches")
     for key, count in report.launches.items():
         counts.add_row(*key.split(" | "), str(count))
     console.print(counts)
+    if report.unchecked:
+        console.print(f"[yellow]{report.unchecked}")
     problems = broken_rules(report)
     if args.check and not args.only:
         problems += regressions(report, load())

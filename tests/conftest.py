@@ -1,6 +1,6 @@
 # Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 """Without a CUDA device Triton kernels run in its interpreter and CUDA C++ kernels in an emulation (tests/emulate.py),
-both decided before anything imports maetok_fast, and tests marked `gpu` are skipped; with one they run on the device."""
+both decided before anything imports maetok_fast, and tests marked `gpu` are skipped; with one these run on it."""
 
 from __future__ import annotations
 

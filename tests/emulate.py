@@ -141,5 +141,7 @@ def asan_environment(library: Path) -> dict[str, str]:
     return {
         VARIABLE: str(library),
         "LD_PRELOAD": found.stdout.strip(),
-        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:abort_on_error=0:alloc_dealloc_mismatch=0",
+        # For what Python, torch and Triton do, and this is not about.
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:alloc_dealloc_mismatch=0:"
+        "detect_container_overflow=0:detect_odr_violation=0",
     }

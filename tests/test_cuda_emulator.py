@@ -1,6 +1,6 @@
 # Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 """The CUDA C++ kernels on the CPU (tests/emulate.py): primitives against known answers, planted faults that have to be
-caught (tests/cuda_emulator/planted.cu), and every kernel of the library under the race detector and AddressSanitizer."""
+caught (tests/cuda_emulator/planted.cu), and every kernel of the library under the race detector and under ASan."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from typing import Any
 import emulate
 import pytest
 import torch
-from torch import Tensor
 
 from maetok_fast.kernels import _native
 
@@ -157,7 +156,7 @@ def error(call: Any, *args: Any) -> str:
 
 
 def test_a_missing_barrier_gives_wrong_answers_in_an_unkind_order() -> None:
-    """20 seeds: with the barrier always right, without it nearly always wrong; NaN, because the tile starts poisoned."""
+    """20 seeds: with the barrier always right, without it always wrong, because the tile starts as NaN."""
     lib = planted()
     x = torch.randn(2, 128)
     wrong = {0: 0, 1: 0}
@@ -291,3 +290,61 @@ def test_an_out_of_bounds_write_is_caught(what: str, line: str) -> None:
     assert "WRITE of size 4" in done.stderr
     if shutil.which("addr2line"):
         assert f"planted.cu:{line_of(line)}" in done.stderr
+
+
+# ---- the library's own kernels ---------------------------------------------------------------------------------------
+
+
+class Called:
+    """A module that remembers which of its functions were asked for."""
+
+    def __init__(self, module: Any) -> None:
+        self.module, self.names = module, set[str]()
+
+    def __getattr__(self, name: str) -> Any:
+        self.names.add(name)
+        return getattr(self.module, name)
+
+
+def drive(seeds: tuple[int, ...] = (1,)) -> set[str]:
+    """Every op's CUDA launchers, forward and backward, on all small samples in three dtypes; the functions called."""
+    import test_ops
+
+    module = Called(_native.cuda())
+    before, _native._load_cuda = _native._load_cuda, lambda: (module, None)  # type: ignore[assignment]
+    try:
+        for seed in seeds:
+            module.emulator_seed(seed)
+            for op in test_ops.OPS:
+                for found in (b for b in op.all_backends() if b.library == "cuda"):
+                    for sample in test_ops.small(op):
+                        for dtype in test_ops.DTYPES:
+                            bound = op._coerce(op.bind((), test_ops.make(op, sample, dtype)))
+                            if op.unsupported(found.name, *bound) is None:
+                                test_ops.launch(op, found, bound)
+    finally:
+        _native._load_cuda = before
+    return {name for name in module.names if name.endswith("_cuda")}
+
+
+def exported() -> set[str]:
+    """The CUDA functions that the ops' backends call; gate_residual's is an example that no op dispatches to."""
+    found = {n for p in emulate.sources() for n in re.findall(r"TYPED_FUNC\((\w+_cuda),", p.read_text())}
+    return found - {"gate_residual_fwd_cuda"}
+
+
+def test_no_kernel_of_the_library_races(monkeypatch: pytest.MonkeyPatch) -> None:
+    import tvm_ffi
+
+    watched = tvm_ffi.load_module(str(emulate.build("races")))
+    monkeypatch.setattr(_native, "_load_cuda", lambda: (watched, None))
+    assert drive((0, 1)) == exported()
+
+
+def test_no_kernel_of_the_library_leaves_its_tensors() -> None:
+    """In a process of its own, with AddressSanitizer under Python: 3 s to start."""
+    code = "import test_cuda_emulator as t; called = t.drive(); assert called == t.exported(), called; print('clean')"
+    tests = str(Path(__file__).parent)
+    done = under_asan(emulate.build("address"), "-c", f"import sys; sys.path.insert(0, {tests!r}); {code}")
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.split() == ["clean"]

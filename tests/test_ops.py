@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from maetok_fast.kernels import Backend, BackendError, Op, Sample, backend, ops
+from maetok_fast.kernels import Backend, BackendError, Op, Sample, _native, backend, ops
 from maetok_fast.kernels import _op as op_module
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -168,10 +168,20 @@ def test_buffers_are_filled_and_not_overrun_in_any_program_order(op: Op, name: s
     for seed, sample in enumerate(small(op)):
         bound = op._coerce(op.bind((), make(op, sample, torch.float32)))
         plain = launch(op, found, bound)
-        with red_zones(), shuffled_programs(seed) if name == "triton" else contextlib.nullcontext():
+        with red_zones(), shuffled_programs(seed) if name == "triton" else shuffled_threads(found.library, seed):
             guarded = launch(op, found, bound)
         for a, b in zip(plain, guarded):
             assert same(a, b), sample.label
+
+
+@contextlib.contextmanager
+def shuffled_threads(library: str | None, seed: int) -> Iterator[None]:
+    """Emulated CUDA kernels: blocks and threads in another order than without (the kind one, 0, outside)."""
+    if library == "cuda":
+        _native.cuda().emulator_seed(seed + 1)
+    yield
+    if library == "cuda":
+        _native.cuda().emulator_seed(0)
 
 
 def launch(op: Op, found: Backend, bound: tuple[Any, ...]) -> list[Tensor]:
