@@ -78,13 +78,13 @@ def test_another_launch_fails_the_gate(cost: ModuleType) -> None:
 
 PTXAS = """
 ptxas info    : 0 bytes gmem
-ptxas info    : Compiling entry function '_ZN2mf46_GLOBAL__N__1a2b3c4d_8_blur_cu15blur_bwd_kernelIf13__nv_bfloat16EEvPKT_l' for 'sm_80'
-ptxas info    : Function properties for _ZN2mf46_GLOBAL__N__1a2b3c4d_8_blur_cu15blur_bwd_kernelIf13__nv_bfloat16EEvPKT_l
+ptxas info    : Compiling entry function '_ZN2mf30_GLOBAL__N__1a2b3c4d_8_blur_cu15blur_bwd_kernelIf13__nv_bfloat16EEvPKT_l' for 'sm_80'
+ptxas info    : Function properties for _ZN2mf30_GLOBAL__N__1a2b3c4d_8_blur_cu15blur_bwd_kernelIf13__nv_bfloat16EEvPKT_l
     8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads
 ptxas info    : Used 40 registers, used 1 barriers, 8 bytes cumulative stack size, 384 bytes smem
 ptxas info    : Compile time = 3.1 ms
-ptxas info    : Compiling entry function '_Z4plainPf' for 'sm_100'
-ptxas info    : Function properties for _Z4plainPf
+ptxas info    : Compiling entry function '_Z5plainPf' for 'sm_100'
+ptxas info    : Function properties for _Z5plainPf
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 8 registers, used 0 barriers
 """  # noqa: E501
