@@ -78,7 +78,6 @@ not depend on the number of threads. ``T | None`` may be None.
 `cuda()` is the module with the CUDA C++ functions, which take GPU tensors: this library, or, with the environment's
 MAETOK_FAST_CUDA_EMULATOR naming one, a build of csrc/cuda for the CPU, which takes CPU tensors (the tests do that).
 
-    gate_residual_fwd_cuda(x, gate, branch, y, gate_kind): as gate_residual_fwd
     emulator_seed(seed): the order in which emulated threads run; 0: the kind one (emulation only)
 """
 

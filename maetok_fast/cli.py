@@ -59,7 +59,7 @@ def diagnose() -> Report:
         facts["native library"] = f"CPU kernels for {library.cpu_variant()}{amx}"
         archs = library.cuda_archs()
         status = library.cuda_status() if archs else "built without nvcc"
-        facts["native CUDA"] = f"code for {archs}; no op uses it yet, Triton serves CUDA" if archs else "none"
+        facts["native CUDA"] = f"code for {archs}" if archs else "none"
         if status:
             facts["native CUDA"] += f" ({status})"
     report.packages = {name: asdict(probe(name)) for name in PACKAGES}
