@@ -2,7 +2,8 @@
 """Builds csrc/cuda for the CPU: the whole .cu files, launchers included, against the headers of tests/cuda_emulator.
 
     plain     every kernel runs, in a seeded order of threads; errors at barriers and shuffles
-    races     ... and every access is recorded: two threads, one address, a write, no barrier between (races.cpp)
+    races     ... and every access is recorded: two threads, one address, a write, no barrier between (races.cpp). The
+              tests' default: it costs little more to build and to run, so every test looks for races
     address   ... or compiled with AddressSanitizer, for a process started with `asan_environment()`
 
 Needs a C++ compiler and the headers of apache-tvm-ffi, no CUDA toolkit, no torch. Objects and libraries are kept by the
@@ -28,8 +29,8 @@ VARIABLE = "MAETOK_FAST_CUDA_EMULATOR"
 FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi", "-DMF_EMULATE"]
 KINDS = {
     "plain": ["-O1", "-g1"],
-    "races": ["-O1", "-g", "-fsanitize=thread"],
-    "address": ["-O1", "-g", "-fsanitize=address", "-fno-omit-frame-pointer"],
+    "races": ["-O1", "-g1", "-fsanitize=thread"],
+    "address": ["-O1", "-g1", "-fsanitize=address", "-fno-omit-frame-pointer"],
 }
 
 
@@ -76,7 +77,7 @@ def _run(command: list[str]) -> None:
         raise CannotBuild(f"{shlex.join(command)}\n{done.stdout}{done.stderr}")
 
 
-def build(kind: str = "plain", units: Sequence[Path] | None = None, name: str = "libmf_cuda_emulated") -> Path:
+def build(kind: str = "races", units: Sequence[Path] | None = None, name: str = "libmf_cuda_emulated") -> Path:
     """The library of `units` (default: all of csrc/cuda) and the emulator. Raises CannotBuild."""
     from tvm_ffi.libinfo import find_dlpack_include_path, find_include_path, find_libtvm_ffi
 

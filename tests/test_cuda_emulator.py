@@ -332,11 +332,10 @@ def exported() -> set[str]:
     return {n for p in emulate.sources() for n in re.findall(r"TYPED_FUNC\((\w+_cuda),", p.read_text())}
 
 
-def test_no_kernel_of_the_library_races(monkeypatch: pytest.MonkeyPatch) -> None:
-    import tvm_ffi
-
-    watched = tvm_ffi.load_module(str(emulate.build("races")))
-    monkeypatch.setattr(_native, "_load_cuda", lambda: (watched, None))
+def test_no_kernel_of_the_library_races() -> None:
+    """Here they all run; tests/test_ops.py, whose library is the same, compares what they compute."""
+    if "libmf_cuda_emulated.races" not in _native.EMULATOR:
+        pytest.skip("another emulated library, or a GPU, was chosen")
     assert drive((0, 1)) == exported()
 
 
