@@ -42,6 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = Path(__file__).with_name("floors.json")
 BASE_NAME = "maetok_base"
 PLANT = 1.10
+LOST = "the base has a kernel here and today's dispatch takes the reference"
 Results = dict[str, gate.Measured]
 
 
@@ -148,8 +149,10 @@ def pairs(
                 calls = [side.get(direction) for side in sides]
                 if None not in calls:
                     yield key, *calls
-                elif direction in sides[0]:
-                    yield key, None, "the base runs the reference here"
+                elif any(calls):
+                    yield key, None, LOST if calls[0] is None else "the base runs the reference here"
+                elif not sides[0]:
+                    yield key, None, "the reference runs here"
 
 
 def cheapest(op: Any) -> Any:
@@ -394,6 +397,7 @@ def command(args: argparse.Namespace) -> int:
     problems = [
         f"{key}: {v.ratio:.3f} x the base's time (limit {v.limit:.3f})" for key, v in verdicts.items() if v.slow
     ]
+    problems += lost(limits, verdicts, skipped, args.dtype)
     if not verdicts:
         print("nothing could be compared on this machine")
     if args.self_test and verdicts:
@@ -407,6 +411,19 @@ def command(args: argparse.Namespace) -> int:
         print(f"FAILED {problem}")
     print(f"{'failed' if problems else 'passed'} in {time.perf_counter() - started:.0f} s")
     return 1 if problems else 0
+
+
+def lost(
+    limits: dict[str, float], verdicts: dict[str, gate.Verdict], skipped: dict[str, str], dtypes: Sequence[str]
+) -> list[str]:
+    """Kernels that vanished, and floors that nothing was measured for without a reason: a renamed sample, an op that
+    is gone."""
+    out = [f"{key}: {why}" for key, why in skipped.items() if why == LOST]
+    named = tuple(skipped)
+    for key in limits:
+        if key.split(" | ")[2] in dtypes and key not in verdicts and not (named and key.startswith(named)):
+            out.append(f"{key}: has a floor and was not measured; if that is meant, run compare.py --write")
+    return out if verdicts or skipped else []
 
 
 def report(verdicts: dict[str, gate.Verdict], skipped: dict[str, str], base: str) -> None:

@@ -278,7 +278,7 @@ def test_only_what_stands_between_the_markers_is_replaced() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--op", "nope"], "unknown op 'nope': expected one of adaln"),
+        (["--op", "nope"], "unknown op 'nope': expected one of"),
         (["--dtype", "fp8"], "unknown dtype 'fp8'"),
         (["--device", "tpu"], "unknown device 'tpu': expected cpu or cuda"),
         (["--load", "/does/not/exist.json"], "No such file"),
@@ -430,6 +430,20 @@ def test_pairs_that_cannot_be_compared_say_why() -> None:
     reasons = {key: why for key, call, why in compare.pairs(head, {"fake": FakeOp(usable=False)}, "cpu", ["fp32"])}
     assert reasons["new"] == "not in the base"
     assert reasons["fake | mid | fp32 | forward"] == "the base runs the reference here"
+
+
+def test_lost_kernels_and_forgotten_floors_fail() -> None:
+    compare._MADE.clear()
+    found = list(compare.pairs({"fake": FakeOp(usable=False)}, {"fake": FakeOp()}, "cpu", ["fp32"]))
+    skipped = {key: why for key, call, why in found}
+    assert set(skipped.values()) == {compare.LOST}
+    good = {"a | s | bf16 | forward": gate.Verdict(1.0, 1.05, 1)}
+    limits = {"a | s | bf16 | forward": 1.05, "gone | s | bf16 | forward": 1.05, "gone | s | fp32 | forward": 1.05}
+    assert len(compare.lost({}, good, skipped, ["bf16"])) == 2
+    (line,) = compare.lost(limits, good, {}, ["bf16"])
+    assert line.startswith("gone | s | bf16 | forward: has a floor and was not measured")
+    assert compare.lost(limits, good, {"gone | s | bf16 | forward": "the reference runs here"}, ["bf16"]) == []
+    assert compare.lost(limits, {}, {}, ["bf16"]) == []  # nothing native on this machine
 
 
 def test_proof_counts_alarms_and_misses(capsys: pytest.CaptureFixture[str]) -> None:
