@@ -40,6 +40,14 @@ def _round_kernel(x_ptr, out_ptr, N: tl.constexpr):
 
 
 @triton.jit
+def _float8_kernel(x_ptr, narrow_ptr, wide_ptr, N: tl.constexpr):
+    offs = tl.arange(0, N)
+    narrow = tl.load(x_ptr + offs).to(narrow_ptr.dtype.element_ty)
+    tl.store(narrow_ptr + offs, narrow)
+    tl.store(wide_ptr + offs, narrow.to(wide_ptr.dtype.element_ty))
+
+
+@triton.jit
 def _overrun_kernel(out_ptr, N: tl.constexpr):
     tl.store(out_ptr + tl.arange(0, N) + 1, tl.zeros((N,), tl.float32))
 
@@ -71,6 +79,23 @@ def test_rounding_is_to_nearest_even_and_keeps_nan() -> None:
     _round_kernel[(1,)](x, out, N=64)
     assert torch.equal(out.nan_to_num(7), x.bfloat16().nan_to_num(7))
     assert out.isnan().equal(x.isnan())
+
+
+@pytest.mark.parametrize("source", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_float8_casts_are_torchs(source: torch.dtype, dtype: torch.dtype) -> None:
+    """All 256 values, the ties between them and their neighbours; saturating, where torch's e5m2 overflows."""
+    values = torch.arange(256).to(torch.uint8).view(dtype).float()
+    values = values[values.isfinite()].sort().values
+    ties = (values[1:] + values[:-1]) / 2
+    x = torch.cat((values, ties, ties * (1 + 2**-7), ties * (1 - 2**-7), torch.tensor([float("nan"), 1e5, -1e5])))
+    x = torch.nn.functional.pad(x, (0, 1024 - len(x))).to(source)
+    narrow, wide = torch.empty(1024, dtype=dtype), torch.empty(1024, dtype=source)
+    _float8_kernel[(1,)](x, narrow, wide, N=1024)
+    top = torch.finfo(dtype).max
+    expected = x.float().clamp(-top, top).to(dtype)
+    assert torch.equal(narrow.view(torch.uint8), expected.view(torch.uint8))
+    assert torch.equal(wide.nan_to_num(7), narrow.to(source).nan_to_num(7))
 
 
 def test_a_planted_overrun_is_caught() -> None:
