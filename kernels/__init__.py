@@ -20,6 +20,8 @@ from .augment import diff_augment, diff_augment_ref, draw_augmentation
 from .blur import blur_down, blur_down_ref, blur_up, blur_up_ref
 from .ema import ema_update, ema_update_ref
 from .embed_tokens import decoder_tokens, decoder_tokens_ref, embed_tokens, embed_tokens_ref
+from .fp8 import adaln_quantize, fp8_quantize, fp8_quantize_columns, transpose_pad
+from .fp8_linear import Fp8Linear, adaln_linear_fp8, why_not_fp8
 from .gan_loss import discriminator_loss, discriminator_loss_ref, generator_loss, generator_loss_ref
 from .gate_residual import gate_residual, gate_residual_ref
 from .gather_tokens import gather_tokens, gather_tokens_ref, scatter_tokens, scatter_tokens_ref
@@ -41,9 +43,12 @@ __all__ = [
     "Backend",
     "BackendError",
     "Cost",
+    "Fp8Linear",
     "Op",
     "Sample",
     "adaln",
+    "adaln_linear_fp8",
+    "adaln_quantize",
     "adaln_ref",
     "affine_act",
     "affine_act_ref",
@@ -66,6 +71,8 @@ __all__ = [
     "embed_tokens",
     "embed_tokens_ref",
     "forced_backend",
+    "fp8_quantize",
+    "fp8_quantize_columns",
     "gate_residual",
     "gate_residual_ref",
     "gather_tokens",
@@ -91,6 +98,8 @@ __all__ = [
     "scatter_tokens_ref",
     "swiglu",
     "swiglu_ref",
+    "transpose_pad",
     "visible_index",
     "visible_index_ref",
+    "why_not_fp8",
 ]

@@ -7,7 +7,8 @@
     fp16   float16       float16                float32 (autocast)    CUDA
     fp8    float8 GEMMs  bfloat16               float32 (autocast)    CUDA compute capability >= 8.9
 
-`resolve(setting, device)` is the only door: it knows the names and refuses what the device cannot do.
+`resolve(setting, device)` is the only door: it knows the names and refuses what the device cannot do. fp8 is bf16 with
+other linear layers: `to_fp8(model)` exchanges those that gain by it and says why the others stay.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MasterWeights", "Precision", "resolve"]
+from maetok_fast.kernels import Fp8Linear, why_not_fp8
+from maetok_fast.kernels.fp8_linear import why_no_fp8_hardware
 
-FP8_CAPABILITY = (8, 9)  # Ada and Hopper are the first with float8 tensor cores
+__all__ = ["Fp8Report", "Fp8Row", "MasterWeights", "Precision", "resolve", "to_fp8"]
 
 
 @dataclass(frozen=True)
@@ -64,22 +66,81 @@ def resolve(setting: str | torch.dtype | Precision, device: torch.device | str =
     if name == "fp16" and device.type != "cuda":
         raise ValueError(f"precision fp16 needs a CUDA device, this is {device.type}; use bf16")
     if name == "fp8":
-        why = why_no_fp8(device)
+        why = why_no_fp8_hardware(device, scaling="tensor")
         if why is not None:
             raise ValueError(f"precision fp8 is not available: {why}; use bf16")
     return _NAMES[name]
 
 
-def why_no_fp8(device: torch.device) -> str | None:
-    """Why float8 GEMMs cannot run fast on the device, or None."""
-    if device.type != "cuda":
-        return f"it needs CUDA hardware of compute capability 8.9 or newer, this is {device.type}"
-    if not torch.cuda.is_available():
-        return "torch finds no CUDA device"
-    have = torch.cuda.get_device_capability(device)
-    if have < FP8_CAPABILITY:
-        return f"it needs compute capability 8.9 or newer, this GPU has {have[0]}.{have[1]}"
-    return None
+@dataclass(frozen=True)
+class Fp8Row:
+    """One linear layer of a model: its name, in and out features, and why it stays as it is (None: it became FP8)."""
+
+    name: str
+    in_features: int
+    out_features: int
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Fp8Report:
+    """What `to_fp8` did. `print(report)` shows the table, equal layers of a stack in one line."""
+
+    rows: tuple[Fp8Row, ...]
+
+    @property
+    def share(self) -> float:
+        """The share of all linear layers' weights that became FP8, 0 to 1."""
+        sizes = [(r.in_features * r.out_features, r.reason is None) for r in self.rows]
+        total = sum(size for size, _ in sizes)
+        return sum(size for size, swapped in sizes if swapped) / total if total else 0.0
+
+    def __str__(self) -> str:
+        lines: dict[tuple[str, int, int, str], int] = {}
+        for r in self.rows:
+            name = ".".join("*" if part.isdigit() else part for part in r.name.split("."))
+            key = (name, r.in_features, r.out_features, r.reason or "fp8")
+            lines[key] = lines.get(key, 0) + 1
+        table = [f"{count:4} x {n:40} {i:6} -> {o:<6} {why}" for (n, i, o, why), count in lines.items()]
+        return "\n".join([*table, f"{self.share:.0%} of the linear layers' weights compute in fp8"])
+
+
+def to_fp8(model: nn.Module, *, scaling: str = "row", min_features: int = 1024, emulate: bool = False) -> Fp8Report:
+    """Exchanges, in place, the model's big `nn.Linear` layers for `Fp8Linear` over the same parameters.
+
+    A layer stays as it is where FP8 cannot take it (features that are no multiples of 16, a device without float8),
+    where it would lose (fewer than `min_features` in or out: the casts cost more than the product saves, see
+    `maetok_fast.kernels.fp8_linear`), where its input has a row per image instead of per token (modulations and
+    embedders), and where it is no plain `nn.Linear`. Optimizers, state dicts and names are untouched. Train and sample
+    under `resolve("bf16").autocast(...)` as before: what stays computes in bf16.
+
+    scaling: "row" or "tensor". emulate: exchange on any device, computing the same slowly.
+    Returns the table of all linear layers. On a device without float8 nothing changes and every row says why.
+    """
+    from maetok_fast.layers import LabelEmbedder, Modulation, TimestepEmbedder
+
+    rows, per_image = [], []
+    for name, module in list(model.named_modules()):
+        if isinstance(module, (LabelEmbedder, Modulation, TimestepEmbedder)) or name.endswith("adaLN_modulation"):
+            per_image.append(name + ".")
+        if not isinstance(module, nn.Linear):
+            continue
+        reason = why_not_fp8(
+            module.in_features, module.out_features, module.weight.dtype, module.weight.device, scaling, emulate
+        )
+        if type(module) is Fp8Linear:
+            reason = module.why_not_fp8()
+        elif type(module) is not nn.Linear or hasattr(module, "parametrizations"):
+            reason = f"it is a {type(module).__name__}, not a plain nn.Linear"
+        elif name.startswith(tuple(per_image)):
+            reason = "its input has a row per image, not per token: the cast of its weight is the larger work"
+        elif reason is None and min(module.in_features, module.out_features) < min_features:
+            reason = f"fewer than {min_features} features: the casts cost more than the product saves"
+        elif reason is None:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, Fp8Linear.of(module, scaling=scaling, emulate=emulate))
+        rows.append(Fp8Row(name, module.in_features, module.out_features, reason))
+    return Fp8Report(tuple(rows))
 
 
 class MasterWeights:
