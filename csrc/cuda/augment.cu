@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // Block: (piece, image). partials (B, pieces, 4): sum g; and with COLOUR sum g x, sum g mu(x), sum x.
 template <bool COLOUR, class T>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, 3)
     augment_sums_kernel(const T* __restrict__ dy, const T* __restrict__ x, float* __restrict__ partials, Policy p) {
   __shared__ float scratch[4 * kWarp];
   const int64_t image = blockIdx.y, plane = (int64_t)p.H * p.W;
