@@ -57,6 +57,8 @@ def norm_act_ref(
     batch, channels = x.shape[:2]
     full = x.to(torch.promote_types(x.dtype, torch.float32))
     z = full if conv_bias is None else full + _per_channel(conv_bias)
+    over: tuple[int, ...]
+    shape: tuple[int, ...]
     if norm == "batch":
         unit, over, shape = z, (0, 2, 3), (1, channels, 1, 1)
     else:
