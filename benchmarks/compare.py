@@ -196,7 +196,7 @@ _MADE: dict[Any, dict[str, Any]] = {}
 
 
 def one_image(op: Any, sample: Any, dtype: str, device: Any) -> dict[str, Any]:
-    """The sample's arguments, a batch of 4 made one of 1 where the op accepts that; the same tensors for both sides."""
+    """The sample's arguments, with a batch of 1 where the op accepts that; the same tensors for both sides."""
     import torch
 
     from maetok_fast.bench.machine import DTYPES
@@ -204,18 +204,27 @@ def one_image(op: Any, sample: Any, dtype: str, device: Any) -> dict[str, Any]:
     key = (op.name, sample.label, dtype)
     if key in _MADE:
         return _MADE[key]
-    for batch in (1, 4):
+    for one in (True, False):
         generator = torch.Generator().manual_seed(0)
+        batch: list[int] = []  # the leading size of the first tensor of two or more dimensions
 
-        def randn(*shape: int, dtype: Any = DTYPES[dtype], batch: int = batch, generator: Any = generator) -> Any:
-            shape = (batch, *shape[1:]) if len(shape) > 1 and shape[0] == 4 else shape
+        def randn(
+            *shape: int,
+            dtype: Any = DTYPES[dtype],
+            one: bool = one,
+            batch: list[int] = batch,
+            generator: Any = generator,
+        ) -> Any:
+            if len(shape) > 1:
+                batch.append(shape[0])
+                shape = (1, *shape[1:]) if one and shape[0] == batch[0] else shape
             return torch.randn(*shape, generator=generator).to(device, dtype)
 
         try:
             made = sample.make(randn)
             op.check(*op.bind((), made))
         except (ValueError, TypeError, RuntimeError, IndexError):
-            if batch == 4:
+            if not one:
                 raise
             continue
         break
