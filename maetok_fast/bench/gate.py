@@ -5,7 +5,7 @@ The peer is the same op of another build, loaded into the same process and calle
 measured on 2 shared cores (one sample = 0.5 s in a fresh process, standard deviation of the ratio's logarithm):
 
     against a copy of the same bytes     4-14 %    against plain torch, bandwidth-bound   4-12 %
-    against plain torch, matmul-bound    2-3 %     against the same code, same tensors    0.2-1.5 %
+    against plain torch, matmul-bound    2-3 %     against the same code, same tensors    0.2-4.5 %
 
 A 10 % slowdown needs the last line: where a buffer lies, what the neighbours do to the memory and how fast the matmul
 units run today then hit both sides alike.
