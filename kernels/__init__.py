@@ -25,6 +25,7 @@ from .fp8_linear import Fp8Linear, adaln_linear_fp8, why_not_fp8
 from .gan_loss import discriminator_loss, discriminator_loss_ref, generator_loss, generator_loss_ref
 from .gate_residual import gate_residual, gate_residual_ref
 from .gather_tokens import gather_tokens, gather_tokens_ref, scatter_tokens, scatter_tokens_ref
+from .hog import hog, hog_ref
 from .patchgan import affine_act, affine_act_ref, norm_act, norm_act_ref
 from .rope_attention import rope_attention, rope_attention_ref, rope_table
 from .token_mask import (
@@ -79,6 +80,8 @@ __all__ = [
     "gather_tokens_ref",
     "generator_loss",
     "generator_loss_ref",
+    "hog",
+    "hog_ref",
     "host_mask_count",
     "mask_counts",
     "mask_counts_ref",

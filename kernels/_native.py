@@ -71,6 +71,9 @@ not depend on the number of threads. ``T | None`` may be None.
     generator_loss_fwd(fake, loss, kind), generator_loss_bwd(dloss, fake, dfake, kind)
         losses and means one fp32 number each, slopes and ema two; kind 0 hinge, 1 softplus, 2 linear
     All of norm_act .. generator_loss exist for GPUs as <fn>_cuda with the same arguments.
+    hog(image, out, patch, eps)
+        image (B, 3, H, W) of any of the three dtypes or uint8, patch % 16 == 0 and dividing H and W;
+        out (B, H / patch * W / patch, 27 (patch / 8)^2) fp32
     cpu_variant() -> "x86-64-v2" | "avx2" | "avx512" | "avx512bf16" | "generic"
     cuda_archs() -> "8.0 9.0 ...", "" when built without nvcc
     cuda_status() -> "" when the CUDA kernels can run on this machine, else why not (only when built with nvcc)
