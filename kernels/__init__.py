@@ -26,6 +26,7 @@ from .gan_loss import discriminator_loss, discriminator_loss_ref, generator_loss
 from .gate_residual import gate_residual, gate_residual_ref
 from .gather_tokens import gather_tokens, gather_tokens_ref, scatter_tokens, scatter_tokens_ref
 from .hog import hog, hog_ref
+from .lpips import lpips_tail, lpips_tail_ref
 from .patchgan import affine_act, affine_act_ref, norm_act, norm_act_ref
 from .rope_attention import rope_attention, rope_attention_ref, rope_table
 from .token_mask import (
@@ -83,6 +84,8 @@ __all__ = [
     "hog",
     "hog_ref",
     "host_mask_count",
+    "lpips_tail",
+    "lpips_tail_ref",
     "mask_counts",
     "mask_counts_ref",
     "norm_act",

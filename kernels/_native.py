@@ -74,6 +74,10 @@ not depend on the number of threads. ``T | None`` may be None.
     hog(image, out, patch, eps)
         image (B, 3, H, W) of any of the three dtypes or uint8, patch % 16 == 0 and dividing H and W;
         out (B, H / patch * W / patch, 27 (patch / 8)^2) fp32
+    lpips_fwd(f0, f1, weight, out, stats, channels_last, eps)
+    lpips_bwd(dout, f0, f1, weight, stats, d0|None, d1|None, dweight|None, channels_last)
+        f0, f1, d0, d1 (B, C, H, W), channels_last=1: (B, H, W, C), of one dtype; out, dout (B,), weight, dweight (C,),
+        stats (B, 4, H*W) fp32
     cpu_variant() -> "x86-64-v2" | "avx2" | "avx512" | "avx512bf16" | "generic"
     cuda_archs() -> "8.0 9.0 ...", "" when built without nvcc
     cuda_status() -> "" when the CUDA kernels can run on this machine, else why not (only when built with nvcc)

@@ -1,0 +1,283 @@
+# Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
+"""lpips_tail: what LPIPS does with two feature maps of a layer, down to one distance per image.
+
+    n = f / (||f|| + eps), the norm over channels        distance = mean over pixels of sum_c weight_c (n0_c - n1_c)^2
+
+LPIPS (Zhang et al. 2018, arXiv 1801.03924) adds this up over five layers of VGG16; `weight` is a layer's linear head, a
+1x1 convolution without bias. At a pixel whose features are all zero (all channels cut by ReLU) n is 0 and so is its
+gradient here; plain autograd makes it NaN.
+
+Forward reads each map once: a program holds all channels of a few pixels, takes the norms, then the differences. (The
+square is not expanded into three sums, of which a single sweep would do: they cancel where the maps are alike.) It
+saves four numbers a pixel,
+
+    r0, r1 = 1 / (||f|| + eps)    k0 = r0^2 / ||f0|| sum_c w d f0,  k1 = r1^2 / ||f1|| sum_c w d f1,  d = f0 r0 - f1 r1
+
+with which the backward is elementwise, d_f0 = u (w d r0 - f0 k0), d_f1 = u (f1 k1 - w d r1), u = 2 d_out / (H W), and
+skips the map that needs none. Everything is computed in fp32 and the distance is fp32, whatever the features are: it is
+a loss. Features in the memory format channels_last are passed as (B, H, W, C), uncopied, with channels_last=True.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _native
+from ._op import EMPTY, Backend, Cost, Op, Sample
+from ._tiles import next_power_of_2
+from ._triton import tl, triton
+
+__all__ = ["lpips_tail", "lpips_tail_ref"]
+
+_FORWARD_TILE = 8192  # elements of each map that a program holds in registers, 16 a thread
+_BACKWARD_TILE = 4096
+_MAX_CHANNELS = 1024
+
+
+# ---- reference -----------------------------------------------------------------------------------------------------
+
+
+def lpips_tail_ref(f0: Tensor, f1: Tensor, weight: Tensor, channels_last: bool = False, eps: float = 1e-10) -> Tensor:
+    """Mean over pixels of sum_c weight_c (f0_c / (||f0|| + eps) - f1_c / (||f1|| + eps))^2.
+
+    f0, f1 (B, C, H, W), or (B, H, W, C) with channels_last=True: what `x.permute(0, 2, 3, 1)` of a tensor in torch's
+    channels_last memory format is, without a copy (as it is, (B, C, H, W), such a tensor is copied to planar first).
+    bf16, fp16 or fp32 (fp64: reference only), brought to their widest dtype. weight (C,), any sign, fp32.
+    Returns (B,) fp32 (fp64 for fp64), under autocast too. Gradients go to all three, the features' in their dtype; they
+    are zero at pixels whose features are all zero. Raises ValueError when shapes do not fit together.
+    """
+    dim = 3 if channels_last else 1
+
+    def unit(f: Tensor) -> Tensor:
+        f = f if f.dtype == torch.float64 else f.float()
+        norm = torch.linalg.vector_norm(f, dim=dim, keepdim=True)
+        return f / torch.where(norm != 0, norm + eps, torch.inf)  # x / inf: zero, and so is its gradient
+
+    shape = [1, 1, 1, 1]
+    shape[dim] = weight.shape[0]
+    return ((unit(f0) - unit(f1)).square() * weight.view(shape)).sum(dim).mean((1, 2))
+
+
+# ---- Triton --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _lpips_at(b, offs_c, offs_p, C: tl.constexpr, S, CHANNELS_LAST: tl.constexpr):
+    if CHANNELS_LAST:
+        return b * S * C + offs_p[None, :] * C + offs_c[:, None]
+    else:
+        return b * C * S + offs_c[:, None] * S + offs_p[None, :]
+
+
+@triton.jit
+def _lpips_inverse(norm, eps):
+    return tl.where(norm == 0.0, 0.0, 1.0 / (norm + eps))
+
+
+@triton.jit
+def _lpips_difference(x, r0, y, r1):
+    """x r0 - y r1. Left to itself the compiler fuses one of the products, and equal maps get a distance of 1e-16."""
+    b = y * r1
+    return tl.fma(x, r0, -b) - tl.fma(y, r1, -b)
+
+
+@triton.jit
+def _lpips_fwd_kernel(
+    f0_ptr, f1_ptr, weight_ptr, sums_ptr, stats_ptr, S, eps,
+    C: tl.constexpr, PAD: tl.constexpr, BLOCK_P: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_P pixels of one image, all channels. sums (B, blocks): its distances' sum, stats (B, 4, S)."""
+    pid_p, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    offs_c = tl.arange(0, PAD)
+    offs_p = (pid_p * BLOCK_P + tl.arange(0, BLOCK_P)).to(tl.int64)
+    live = offs_p < S
+    mask = (offs_c < C)[:, None] & live[None, :]
+    at = _lpips_at(b, offs_c.to(tl.int64), offs_p, C, S, CHANNELS_LAST)
+    x = tl.load(f0_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    y = tl.load(f1_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    w = tl.load(weight_ptr + offs_c, mask=offs_c < C, other=0.0)[:, None]
+    norm0 = tl.sqrt_rn(tl.sum(x * x, 0))
+    norm1 = tl.sqrt_rn(tl.sum(y * y, 0))
+    r0, r1 = _lpips_inverse(norm0, eps), _lpips_inverse(norm1, eps)
+    d = _lpips_difference(x, r0[None, :], y, r1[None, :])
+    wd = w * d
+    tl.store(sums_ptr + b * tl.num_programs(0) + pid_p, tl.sum(tl.sum(wd * d, 0), 0))
+    k0 = tl.sum(wd * x, 0) * r0 * r0 / tl.where(norm0 == 0.0, 1.0, norm0)  # r is 0 where the norm is
+    k1 = tl.sum(wd * y, 0) * r1 * r1 / tl.where(norm1 == 0.0, 1.0, norm1)
+    stats = stats_ptr + b * 4 * S + offs_p
+    tl.store(stats, r0, mask=live)
+    tl.store(stats + S, r1, mask=live)
+    tl.store(stats + 2 * S, k0, mask=live)
+    tl.store(stats + 3 * S, k1, mask=live)
+
+
+@triton.jit
+def _lpips_bwd_kernel(
+    f0_ptr, f1_ptr, dout_ptr, weight_ptr, stats_ptr, d0_ptr, d1_ptr, dweight_ptr, S, u,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_C channels of BLOCK_P pixels of one image. dweight (B, blocks of pixels, C): its sums.
+    u = 2 / S."""
+    pid_p, pid_c, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    offs_p = (pid_p * BLOCK_P + tl.arange(0, BLOCK_P)).to(tl.int64)
+    live = offs_p < S
+    mask = (offs_c < C)[:, None] & live[None, :]
+    at = _lpips_at(b, offs_c.to(tl.int64), offs_p, C, S, CHANNELS_LAST)
+    stats = stats_ptr + b * 4 * S + offs_p
+    r0 = tl.load(stats, mask=live, other=0.0)[None, :]
+    r1 = tl.load(stats + S, mask=live, other=0.0)[None, :]
+    x = tl.load(f0_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    y = tl.load(f1_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    u = tl.load(dout_ptr + b) * u
+    d = _lpips_difference(x, r0, y, r1)
+    wd = tl.load(weight_ptr + offs_c, mask=offs_c < C, other=0.0)[:, None] * d
+    if d0_ptr is not None:
+        k0 = tl.load(stats + 2 * S, mask=live, other=0.0)[None, :]
+        tl.store(d0_ptr + at, (u * (wd * r0 - x * k0)).to(d0_ptr.dtype.element_ty), mask=mask)
+    if d1_ptr is not None:
+        k1 = tl.load(stats + 3 * S, mask=live, other=0.0)[None, :]
+        tl.store(d1_ptr + at, (u * (y * k1 - wd * r1)).to(d1_ptr.dtype.element_ty), mask=mask)
+    if dweight_ptr is not None:
+        row = (b * tl.num_programs(0) + pid_p) * C
+        tl.store(dweight_ptr + row + offs_c, 0.5 * u * tl.sum(d * d, 1), mask=offs_c < C)
+
+
+# ---- launchers -----------------------------------------------------------------------------------------------------
+
+
+def _sizes(f: Tensor, channels_last: bool) -> tuple[int, int, int]:
+    """(B, C, pixels)."""
+    if channels_last:
+        return f.shape[0], f.shape[3], f.shape[1] * f.shape[2]
+    return f.shape[0], f.shape[1], f.shape[2] * f.shape[3]
+
+
+def _triton_forward(f0: Tensor, f1: Tensor, weight: Tensor, channels_last: bool, eps: float) -> tuple[Tensor, ...]:
+    batch, channels, pixels = _sizes(f0, channels_last)
+    pad = next_power_of_2(channels)
+    block = max(16, min(_FORWARD_TILE // pad, next_power_of_2(pixels)))
+    blocks = -(-pixels // block)
+    sums = f0.new_empty(batch, blocks, dtype=torch.float32)
+    stats = f0.new_empty(batch, 4, pixels, dtype=torch.float32)
+    _lpips_fwd_kernel[(blocks, batch)](
+        f0, f1, weight, sums, stats, pixels, eps,
+        C=channels, PAD=pad, BLOCK_P=block, CHANNELS_LAST=channels_last,
+        num_warps=min(16, max(1, pad * block // 512)),
+    )  # fmt: skip
+    return sums.sum(1) / pixels, stats
+
+
+def _triton_backward(
+    dout: Tensor, saved: Sequence[Tensor], args: tuple[Any, ...], needs: Sequence[bool]
+) -> Sequence[Tensor | None]:
+    f0, f1, weight, channels_last, _eps = args
+    batch, channels, pixels = _sizes(f0, channels_last)
+    # long runs along the dimension that lies dense in memory
+    block_c = min(128, next_power_of_2(channels)) if channels_last else min(8, next_power_of_2(channels))
+    block_p = min(_BACKWARD_TILE // block_c, max(16, next_power_of_2(pixels)))
+    blocks = -(-pixels // block_p)
+    d0 = torch.empty_like(f0) if needs[0] else None
+    d1 = torch.empty_like(f1) if needs[1] else None
+    dweight = weight.new_empty(batch, blocks, channels) if needs[2] else None
+    _lpips_bwd_kernel[(blocks, -(-channels // block_c), batch)](
+        f0, f1, dout, weight, saved[0], d0, d1, dweight, pixels, 2 / pixels,
+        C=channels, BLOCK_C=block_c, BLOCK_P=block_p, CHANNELS_LAST=channels_last,
+        num_warps=max(1, block_c * block_p // 512),
+    )  # fmt: skip
+    return [d0, d1, None if dweight is None else dweight.sum((0, 1)), None, None]
+
+
+def _native_forward(f0: Tensor, f1: Tensor, weight: Tensor, channels_last: bool, eps: float) -> tuple[Tensor, ...]:
+    batch, _, pixels = _sizes(f0, channels_last)
+    out = f0.new_empty(batch, dtype=torch.float32)
+    stats = f0.new_empty(batch, 4, pixels, dtype=torch.float32)
+    _native.lib().lpips_fwd(f0, f1, weight, out, stats, int(channels_last), eps)
+    return out, stats
+
+
+def _native_backward(
+    dout: Tensor, saved: Sequence[Tensor], args: tuple[Any, ...], needs: Sequence[bool]
+) -> Sequence[Tensor | None]:
+    f0, f1, weight, channels_last, _eps = args
+    grads = [torch.empty_like(t) if n else None for t, n in zip((f0, f1, weight), needs)]
+    _native.lib().lpips_bwd(dout, f0, f1, weight, saved[0], *grads, int(channels_last))
+    return [*grads, None, None]
+
+
+# ---- record --------------------------------------------------------------------------------------------------------
+
+
+def _check(f0: Tensor, f1: Tensor, weight: Tensor, channels_last: bool, eps: float) -> None:
+    layout = "(B, H, W, C)" if channels_last else "(B, C, H, W)"
+    if f0.ndim != 4 or f0.shape != f1.shape:
+        raise ValueError(f"lpips_tail: f0 and f1 must both be {layout}, got {tuple(f0.shape)} and {tuple(f1.shape)}")
+    channels = f0.shape[3 if channels_last else 1]
+    if tuple(weight.shape) != (channels,):
+        raise ValueError(
+            f"lpips_tail: weight must be ({channels},) for f0 {layout} {tuple(f0.shape)}, got {tuple(weight.shape)}"
+        )
+
+
+def _unsupported(backend: str, f0: Tensor, f1: Tensor, weight: Tensor, channels_last: bool, eps: float) -> str | None:
+    if f0.numel() == 0:
+        return EMPTY
+    if backend == "triton" and weight.shape[0] > _MAX_CHANNELS:
+        return f"{weight.shape[0]} channels: a program holds all of a pixel's, at most {_MAX_CHANNELS}"
+    if backend == "triton" and f0.shape[0] > 65535:
+        return f"a batch of {f0.shape[0]} exceeds a CUDA grid's second dimension"
+    return None
+
+
+def _fake(name: str, f0: Tensor, f1: Tensor, weight: Tensor, channels_last: bool, eps: float) -> tuple[Tensor, ...]:
+    batch, _, pixels = _sizes(f0, channels_last)
+    return f0.new_empty(batch, dtype=torch.float32), f0.new_empty(batch, 4, pixels, dtype=torch.float32)
+
+
+def _case(label: str, shape: tuple[int, int, int, int], channels_last: bool = False, real: bool = False) -> Sample:
+    """Features as after ReLU, in the first image with a pixel of zeros; weights as LPIPS has them, not negative."""
+
+    def make(randn: Callable[..., Tensor]) -> dict[str, Any]:
+        f0, f1 = randn(*shape).relu(), randn(*shape).relu()
+        weight = randn(shape[3 if channels_last else 1], dtype=torch.float32).abs()
+        return {"f0": f0, "f1": f1, "weight": weight, "channels_last": channels_last}
+
+    return Sample(label, make, real)
+
+
+def _samples() -> Iterable[Sample]:
+    yield _case("odd sizes", (2, 5, 3, 7))
+    yield _case("channels last", (2, 3, 5, 6), True)
+    yield _case("blocks of pixels, one channel", (1, 1, 9, 131))
+    yield _case("one pixel", (3, 20, 1, 1))
+    yield _case("blocks of channels, last", (1, 2, 3, 131), True)
+    for channels, size in ((64, 256), (128, 128), (256, 64), (512, 32), (512, 16)):
+        yield _case(f"VGG {channels} x {size} x {size}", (2, channels, size, size), real=True)
+    yield _case("VGG 64 x 256 x 256, channels last", (2, 256, 256, 64), True, real=True)
+    yield _case("VGG 512 x 32 x 32, channels last", (2, 32, 32, 512), True, real=True)
+
+
+def _cost(f0: Tensor, f1: Tensor, weight: Tensor, channels_last: bool = False, eps: float = 1e-10) -> Cost:
+    batch, channels, pixels = _sizes(f0, channels_last)
+    # per element: 2 norms of 2, 3 for the difference, 1 for w d, 2 each for the distance and the two projections
+    maps = f0.numel() * f0.element_size() + f1.numel() * f1.element_size()
+    return Cost(14 * f0.numel(), maps + 4 * (4 * batch * pixels + batch + channels), 2)
+
+
+lpips_tail = Op(
+    "lpips_tail",
+    ref=lpips_tail_ref,
+    cpu=(Backend("native", _native_forward, _native_backward, library="native"),),
+    cuda=(Backend("triton", _triton_forward, _triton_backward, library="triton"),),
+    fake=_fake,
+    saved=1,
+    check=_check,
+    unsupported=_unsupported,
+    samples=_samples,
+    cost=_cost,
+    fp32=frozenset({"weight"}),
+)
