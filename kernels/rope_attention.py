@@ -70,10 +70,14 @@ def _norm_ref(x: Tensor, weight: Tensor | None, bias: Tensor | None, qk_norm: st
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps) if qk_norm == "layer" else x
 
 
-def _rotate_ref(x: Tensor, rope: Tensor, prefix: int) -> Tensor:
-    """x (B, N, heads, head_dim), rotated where the table has a row."""
-    cos, sin = rope.transpose(1, 2).unbind(0)
-    stop = prefix + cos.shape[0]
+def _rotate_ref(x: Tensor, rope: Tensor, prefix: int, index: Tensor | None) -> Tensor:
+    """x (B, N, heads, head_dim), rotated where the table, or the index into it, has a row."""
+    if index is None:
+        cos, sin = rope.transpose(1, 2).unsqueeze(1).unbind(0)
+    else:
+        rows = rope.index_select(2, index.flatten()).unflatten(2, index.shape)
+        cos, sin = rows.permute(0, 2, 3, 1, 4).unbind(0)
+    stop = prefix + cos.shape[1]
     a, b = x[:, prefix:stop].unflatten(-1, (-1, 2)).unbind(-1)
     rotated = torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
     return torch.cat((x[:, :prefix], rotated, x[:, stop:]), 1)
@@ -89,13 +93,14 @@ def _prepared(
     prefix: int,
     qk_norm: str,
     eps: float,
+    index: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Normalised and rotated q and k, (B, N, heads, head_dim) in qkv's dtype; computed in fp32 or fp64."""
     wide = torch.float64 if qkv.dtype == torch.float64 else torch.float32
     q, k = qkv[:, :, 0].to(wide), qkv[:, :, 1].to(wide)
     q, k = _norm_ref(q, q_weight, q_bias, qk_norm, eps), _norm_ref(k, k_weight, k_bias, qk_norm, eps)
     if rope is not None:
-        q, k = _rotate_ref(q, rope, prefix), _rotate_ref(k, rope, prefix)
+        q, k = _rotate_ref(q, rope, prefix, index), _rotate_ref(k, rope, prefix, index)
     return q.to(qkv.dtype), k.to(qkv.dtype)
 
 
@@ -115,6 +120,7 @@ def rope_attention_ref(
     eps: float = 1e-6,
     first_query: int = 0,
     num_queries: int | None = None,
+    index: Tensor | None = None,
 ) -> Tensor:
     """Attention with 2-D RoPE on the image tokens, from packed q, k, v.
 
@@ -124,10 +130,13 @@ def rope_attention_ref(
     q_weight, q_bias, k_weight, k_bias (head_dim,): affine of the q/k norm, each optional.
     qk_norm: "none", "rms" (x / sqrt(mean x^2 + eps) * weight) or "layer" (LayerNorm), before the rotation.
     first_query, num_queries: only these queries are computed; None: to the end.
+    index (B, M) int64: token prefix + m of image b is rotated by row index[b, m] of the table: tokens that are left
+        when masking drops others keep their places. Others than rows of the table: IndexError on the CPU, unrotated
+        by Triton. None: by row m.
     Returns (B, num_queries, heads * head_dim) in qkv's dtype; the softmax scale is head_dim ** -0.5.
     Raises ValueError when shapes do not fit together.
     """
-    q, k = _prepared(qkv, rope, q_weight, q_bias, k_weight, k_bias, prefix, qk_norm, eps)
+    q, k = _prepared(qkv, rope, q_weight, q_bias, k_weight, k_bias, prefix, qk_norm, eps, index)
     first, count = _query_range(qkv, first_query, num_queries)
     q = q[:, first : first + count]
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), qkv[:, :, 2].transpose(1, 2))
@@ -139,7 +148,7 @@ def rope_attention_ref(
 
 def _native_prepare(args: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """q (B, Nq, heads, head_dim), k and v (B, N, heads, head_dim), each with contiguous heads; v is a view of qkv."""
-    qkv, rope, q_weight, q_bias, k_weight, k_bias, prefix, qk_norm, eps, first_query, num_queries = args
+    qkv, rope, q_weight, q_bias, k_weight, k_bias, prefix, qk_norm, eps, first_query, num_queries, index = args
     first, count = _query_range(qkv, first_query, num_queries)
     q, k, v = qkv.unbind(2)
     if rope is None and qk_norm == "none":
@@ -147,7 +156,7 @@ def _native_prepare(args: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
     batch, n, _, heads, head_dim = qkv.shape
     q, k = qkv.new_empty(batch, count, heads, head_dim), qkv.new_empty(batch, n, heads, head_dim)
     weights = (q_weight, q_bias, k_weight, k_bias)
-    _native.lib().rope_rotate(qkv, rope, *weights, None, q, k, prefix, first, _NORMS.index(qk_norm), eps)
+    _native.lib().rope_rotate(qkv, rope, *weights, index, q, k, prefix, first, _NORMS.index(qk_norm), eps)
     return q, k, v
 
 
@@ -175,7 +184,7 @@ def _native_forward(*args: Any) -> tuple[Tensor, ...]:
 def _native_backward(
     grad: Tensor, saved: Sequence[Tensor], args: tuple[Any, ...], needs: Sequence[bool]
 ) -> Sequence[Tensor | None]:
-    qkv, rope, q_weight, q_bias, k_weight, k_bias, prefix, qk_norm, eps, first_query, num_queries = args
+    qkv, rope, q_weight, q_bias, k_weight, k_bias, prefix, qk_norm, eps, first_query, num_queries, index = args
     out, lse = saved
     head_dim = qkv.shape[4]
     first, count = _query_range(qkv, first_query, num_queries)
@@ -190,7 +199,7 @@ def _native_backward(
         if rope is None and qk_norm == "none":
             dqkv[:, :first, 0].zero_()
             dqkv[:, first + count :, 0].zero_()
-            return [dqkv, *[None] * 10]
+            return [dqkv, *[None] * 11]
     else:
         tensors = [x.transpose(1, 2) for x in (grad, q, k, v, out)]
         if qkv.shape[1] <= _WIDE_BACKWARD:
@@ -200,11 +209,11 @@ def _native_backward(
     drope = torch.empty_like(rope, memory_format=torch.contiguous_format) if needs[1] else None
     dweights = qkv.new_empty(4, head_dim, dtype=torch.float32) if any(needs[2:6]) else None
     _native.lib().rope_rotate_bwd(
-        qkv, rope, q_weight, q_bias, k_weight, k_bias, None, dq, dk, dv, dqkv, drope, dweights,
+        qkv, rope, q_weight, q_bias, k_weight, k_bias, index, dq, dk, dv, dqkv, drope, dweights,
         prefix, first, _NORMS.index(qk_norm), eps,
     )  # fmt: skip
     rows = [None] * 4 if dweights is None else [r.clone() for r in dweights]
-    return [dqkv, drope, *rows, None, None, None, None, None]
+    return [dqkv, drope, *rows, *[None] * 6]
 
 
 # ---- record --------------------------------------------------------------------------------------------------------
@@ -222,6 +231,7 @@ def _check(
     eps: float,
     first_query: int,
     num_queries: int | None,
+    index: Tensor | None,
 ) -> None:
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         raise ValueError(f"rope_attention: qkv must be (B, N, 3, heads, head_dim), got {tuple(qkv.shape)}")
@@ -234,10 +244,17 @@ def _check(
                 f"rope_attention: rope must be (2, {heads} or 1, M, {head_dim // 2}) for {heads} heads of {head_dim}, "
                 f"got {tuple(rope.shape)}"
             )
-        if prefix < 0 or prefix + rope.shape[2] > n:
+        rotated = rope.shape[2]
+        if index is not None:
+            if index.ndim != 2 or index.shape[0] != qkv.shape[0]:
+                raise ValueError(f"rope_attention: index must be ({qkv.shape[0]}, M), got {tuple(index.shape)}")
+            rotated = index.shape[1]
+        if prefix < 0 or prefix + rotated > n:
             raise ValueError(
-                f"rope_attention: {rope.shape[2]} rotated tokens after a prefix of {prefix} do not fit in {n} tokens"
+                f"rope_attention: {rotated} rotated tokens after a prefix of {prefix} do not fit in {n} tokens"
             )
+    elif index is not None:
+        raise ValueError("rope_attention: index names rows of rope, and there is no rope")
     if qk_norm not in _NORMS:
         raise ValueError(f"rope_attention: qk_norm must be one of {', '.join(_NORMS)}, got {qk_norm!r}")
     for name, weight in (("q_weight", q_weight), ("q_bias", q_bias), ("k_weight", k_weight), ("k_bias", k_bias)):
@@ -254,7 +271,7 @@ def _check(
 
 def _unsupported(backend: str, qkv: Tensor, *rest: Any) -> str | None:
     batch, _n, _, heads, head_dim = qkv.shape
-    first_query, num_queries = rest[-2:]
+    first_query, num_queries = rest[8:10]
     if batch == 0 or heads == 0 or _query_range(qkv, first_query, num_queries)[1] == 0:
         return EMPTY
     if backend == "native" and (head_dim % 2 or head_dim > 512):
@@ -287,6 +304,7 @@ def _case(
     norm: str = "none",
     first: int = 0,
     count: int | None = None,
+    grid: int = 0,
     real: bool = False,
 ) -> Sample:
     batch, n, heads, head_dim = shape
@@ -294,8 +312,10 @@ def _case(
     def make(randn: Callable[..., Tensor]) -> dict[str, Any]:
         args: dict[str, Any] = {"qkv": randn(batch, n, 3, heads, head_dim)}
         if rotated:
-            angle = 3 * randn(1 if shared else heads, rotated, head_dim // 2, dtype=torch.float32)
+            angle = 3 * randn(1 if shared else heads, grid or rotated, head_dim // 2, dtype=torch.float32)
             args["rope"] = torch.stack((angle.cos(), angle.sin()))
+        if grid:  # a random subset of the grid's rows per image, as dropping masked tokens leaves them
+            args["index"] = randn(batch, grid).argsort(1)[:, :rotated]
         if norm != "none":
             names = ("q_weight", "k_weight") if norm == "rms" else ("q_weight", "q_bias", "k_weight", "k_bias")
             args.update({name: 1 + 0.2 * randn(head_dim, dtype=torch.float32) for name in names})
@@ -313,6 +333,8 @@ def _samples() -> Iterable[Sample]:
     yield _case("head_dim 72, axial, RMS q/k norm", (1, 49, 2, 72), 49, 0, shared=True, norm="rms")
     yield _case("LayerNorm q/k norm with rotation", (2, 33, 2, 24), 16, 1, norm="layer")
     yield _case("LayerNorm q/k norm, pruned", (1, 17, 1, 16), norm="layer", first=4, count=9)
+    yield _case("dropped tokens keep their rows", (3, 1 + 6 + 3, 2, 16), 6, 1, grid=9)
+    yield _case("dropped tokens, shared, norm, pruned", (2, 8, 2, 16), 5, 0, True, "rms", first=1, count=5, grid=7)
     yield _case("one token", (1, 1, 1, 16))
     for batch, label, n, heads, head_dim, rotated, prefix in (
         (4, "MAETok-B encoder 256 px", 385, 12, 64, 256, 1),
@@ -321,6 +343,7 @@ def _samples() -> Iterable[Sample]:
         (4, "SiT-XL/2 1024 tokens", 1024, 16, 72, 0, 0),
     ):
         yield _case(label, (batch, n, heads, head_dim), rotated, prefix, real=True)
+    yield _case("MAETok-B encoder 256 px, half dropped", (4, 257, 12, 64), 128, 1, grid=256, real=True)
     yield _case("LightningDiT-XL 256 tokens", (4, 256, 16, 72), 256, 0, shared=True, norm="rms", real=True)
 
 
@@ -346,5 +369,6 @@ rope_attention = Op(
     samples=_samples,
     cost=_cost,
     autocast="lower",
+    own_dtypes={"index": (torch.int64,)},
     fp32=frozenset({"rope", "q_weight", "q_bias", "k_weight", "k_bias"}),
 )
