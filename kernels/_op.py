@@ -21,6 +21,7 @@ the kernel benchmarks, the cost report and `maetok-fast doctor`, with no further
 from __future__ import annotations
 
 import contextlib
+import importlib
 import inspect
 import logging
 import os
@@ -178,7 +179,22 @@ def _why_missing(library: str | None, device: str) -> str | None:
         return why_no_triton(device)
     if library == "cuda":
         return _native.why_no_cuda(device)
+    if library is not None:
+        return _why_no_package(library, device)
     return None
+
+
+def _why_no_package(name: str, device: str) -> str | None:
+    """Why the attention library `name` ("flash_attn", "xformers") cannot run on `device`, or None."""
+    if device != "cuda":
+        return f"{name} runs on CUDA tensors, these are on {device}"
+    try:
+        importlib.import_module(name)
+        compiled = importlib.import_module("xformers._cpp_lib") if name == "xformers" else None
+    except Exception as error:  # missing, or built against another torch: whatever its import says
+        return f"{name} does not import ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+    broken = getattr(compiled, "_cpp_library_load_exception", None)
+    return None if broken is None else f"{name}'s compiled half does not load ({str(broken).splitlines()[0]})"
 
 
 # What torch.compiler.assume_constant_result sets; calling it would import torch._dynamo (1.7 s) with this package.
@@ -216,6 +232,8 @@ class Op:
     own_dtypes: name -> the dtypes that this tensor may have (masks, indices, uint8 pixels): it is handed on as it is
         and takes no part in the dtype rule. All other tensors are floating-point.
     residual: name of the argument whose gradient is the output's own gradient (x in x + f), so nobody copies it.
+    prefer: prefer(*args) -> names of backends in the order in which these arguments want them (shape-only, pure); None,
+        and for backends that it leaves out: the order of `cpu` and `cuda`.
     samples, cost: see `Sample` and `Cost`.
     """
 
@@ -238,6 +256,7 @@ class Op:
     uncast: frozenset[str] = frozenset()
     own_dtypes: Mapping[str, tuple[torch.dtype, ...]] = field(default_factory=dict)
     residual: str | None = None
+    prefer: Callable[..., Sequence[str]] | None = None
 
     def __post_init__(self) -> None:
         if self.name in _RECORDS:
@@ -344,6 +363,14 @@ class Op:
     def _candidates(self, device: str) -> Sequence[Backend]:
         return self.cpu if device == "cpu" else self.cuda if device == "cuda" else ()
 
+    def _ordered(self, device: str, args: tuple[Any, ...]) -> Sequence[Backend]:
+        """The candidates, the one that these arguments want first."""
+        candidates = self._candidates(device)
+        if self.prefer is None or len(candidates) < 2:
+            return candidates
+        wanted = self.prefer(*args)
+        return sorted(candidates, key=lambda b: wanted.index(b.name) if b.name in wanted else len(wanted))
+
     def _why_not(self, candidate: Backend, device: str, args: tuple[Any, ...]) -> str | None:
         reason = _why_missing(candidate.library, device)
         if reason is not None:
@@ -377,7 +404,7 @@ class Op:
                         raise BackendError(f"{self.name}: backend {forced!r} was forced but cannot run: {reason}")
                     return forced
         reasons = []
-        for candidate in self._candidates(device):
+        for candidate in self._ordered(device, args):
             reason = self._why_not(candidate, device, args)
             if reason is None:
                 return candidate.name
@@ -401,10 +428,11 @@ class Op:
         return [*rows, ("reference", None)]
 
     def reason(self, *args: Any, **kwargs: Any) -> dict[str, str | None]:
-        """Why each backend of the inputs' device would not take these arguments (None: it would)."""
+        """Why each backend of the inputs' device would not take these arguments (None: it would), in the order in which
+        they are asked: the first with None computes the call."""
         bound = self._coerce(self.bind(args, kwargs))
         device = bound[0].device.type
-        return {b.name: self._why_not(b, device, bound) for b in self._candidates(device)}
+        return {b.name: self._why_not(b, device, bound) for b in self._ordered(device, bound)}
 
     def __copy__(self) -> Op:
         return self

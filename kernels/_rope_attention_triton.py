@@ -307,7 +307,7 @@ def triton_backward(
         dq = call.sliced(dqkv)[0]
     grads: list[Tensor | None] = [dqkv] + [None] * (len(args) - 1)
     if needs[1] and call.rope is not None:
-        grads[1] = call.table_grad(dq, dk)
+        grads[1] = call.table_grad(dq, dk, unrotated=not call.rowwise)
     if call.rowwise:
         call.finish(dq, dk, dqkv, grads)
     return grads

@@ -190,12 +190,12 @@ def _rope_attention_bwd_drope_kernel(
     q_ptr, k_ptr, dq_ptr, dk_ptr, rope_ptr, qw_ptr, qb_ptr, kw_ptr, kb_ptr, drope_ptr,
     stride_xb, stride_xn, stride_dqb, stride_dqn, stride_dkb, stride_dkn,
     stride_rc, stride_rh, B, first_query, NQ, prefix, M, eps,
-    HEAD_DIM: tl.constexpr, PAD: tl.constexpr, NORM: tl.constexpr, BLOCK_M: tl.constexpr,
+    HEAD_DIM: tl.constexpr, PAD: tl.constexpr, NORM: tl.constexpr, UNROTATED: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """d_cos and d_sin (2, H, M, HEAD_DIM / 2) of BLOCK_M table rows of one head, summed over the batch and over q, k.
 
     x is what was rotated, dy the gradient of the rotated: d_cos = dy_a x_a + dy_b x_b, d_sin = dy_b x_a - dy_a x_b.
-    Without a norm d_q, d_k are stored un-rotated, so dy = R d_x; with one they are the rotated's gradients themselves.
+    UNROTATED: d_q, d_k have been turned back, so dy = R d_x; else they are the rotated's gradients themselves.
     q and d_q hold the queries first_query .. first_query + NQ - 1 only.
     """
     pid_m, pid_h = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -215,13 +215,13 @@ def _rope_attention_bwd_drope_kernel(
     for _ in range(B):
         c, s = _table_terms(
             q_ptr, dq_ptr, rope_ptr, qw_ptr, qb_ptr, stride_xn, stride_dqn, stride_rc,
-            offs_q, mask_q, mask, prefix - first_query, M, eps, HEAD_DIM, PAD, NORM, NORM == 0,
+            offs_q, mask_q, mask, prefix - first_query, M, eps, HEAD_DIM, PAD, NORM, UNROTATED,
         )  # fmt: skip
         dcos += c
         dsin += s
         c, s = _table_terms(
             k_ptr, dk_ptr, rope_ptr, kw_ptr, kb_ptr, stride_xn, stride_dkn, stride_rc,
-            offs_n, mask_m, mask, prefix, M, eps, HEAD_DIM, PAD, NORM, NORM == 0,
+            offs_n, mask_m, mask, prefix, M, eps, HEAD_DIM, PAD, NORM, UNROTATED,
         )  # fmt: skip
         dcos += c
         dsin += s
@@ -373,8 +373,8 @@ class RowCall:
             if self.norm:
                 grads[2 + 2 * at], grads[3 + 2 * at] = sums[0].sum(0), sums[1].sum(0)
 
-    def table_grad(self, dq: Tensor, dk: Tensor) -> Tensor:
-        """From d_q and d_k: of the prepared q and k when `rowwise`, else un-rotated."""
+    def table_grad(self, dq: Tensor, dk: Tensor, unrotated: bool = False) -> Tensor:
+        """From the gradients of the prepared q and k or (without norm and index) from those of q and k themselves."""
         assert self.rope is not None
         q, k, _ = self.x
         drope = self.rope.new_empty(2, self.heads, self.table_rows, self.head_dim // 2)
@@ -384,8 +384,9 @@ class RowCall:
         constants = {"HEAD_DIM": self.head_dim, "PAD": self.pad, "NORM": self.norm, "BLOCK_M": _ROWS}
         if self.index is None:
             _rope_attention_bwd_drope_kernel[(-(-self.table_rows // _ROWS), self.heads)](
-                q, k, dq, dk, self.rope, *weights, *where, *self.rope_strides, self.batch, *sizes, **constants
-            )
+                q, k, dq, dk, self.rope, *weights, *where, *self.rope_strides, self.batch, *sizes,
+                UNROTATED=unrotated, **constants,
+            )  # fmt: skip
         else:
             rows, order = self.index.flatten().sort(stable=True)
             bounds = torch.arange(self.table_rows + 1, device=rows.device)

@@ -16,11 +16,13 @@ from typing import NamedTuple
 import torch
 
 __all__ = [
+    "ATTENTION_ORDER",
     "ATTENTION_TILES",
     "ELEMENTWISE",
     "MAX_ROW",
     "Tile",
     "arch",
+    "attention_order",
     "attention_tile",
     "column_block",
     "head_split",
@@ -45,25 +47,29 @@ class Tile(NamedTuple):
 # wins. What decided (benchmarks/cost.py prints it): sm_80 has the fewest registers to spare, 64 x 64 spills in the
 # backwards that rotate; on sm_90 ptxas serialises the wgmma of a pipelined forward that rotates k in the loop (C7515),
 # at one stage it does not, and its 24 KB of shared memory leave room for other blocks to hide the loads.
-ATTENTION_TILES: dict[tuple[str, int, int, bool], dict[int, Tile]] = {
+# None: whether it rotates or not.
+ATTENTION_TILES: dict[tuple[str, int, int, bool | None], dict[int, Tile]] = {
     ("fwd", 2, 80, True): {100: Tile(128, 64, 8, 2), 90: Tile(128, 64, 8, 1), 80: Tile(128, 64, 8, 2)},
     ("fwd", 2, 80, False): {80: Tile(128, 64, 8, 2)},
     ("fwd", 2, 128, True): {100: Tile(64, 64, 4, 2), 90: Tile(64, 64, 4, 1), 80: Tile(64, 32, 4, 2)},
     ("fwd", 2, 128, False): {80: Tile(64, 64, 4, 2)},
-    ("fwd", 4, 128, True): {80: Tile(32, 32, 8, 1)},
-    ("fwd", 4, 128, False): {80: Tile(32, 32, 8, 1)},
+    ("fwd", 4, 128, None): {80: Tile(32, 32, 8, 1)},
     ("dq", 2, 80, True): {90: Tile(64, 64, 4, 2), 80: Tile(64, 32, 4, 2)},
     ("dq", 2, 80, False): {90: Tile(64, 64, 4, 2), 80: Tile(64, 64, 8, 2)},
-    ("dq", 2, 128, True): {80: Tile(64, 32, 8, 2)},
-    ("dq", 2, 128, False): {80: Tile(64, 32, 8, 2)},
-    ("dq", 4, 128, True): {80: Tile(32, 32, 8, 1)},
-    ("dq", 4, 128, False): {80: Tile(32, 32, 8, 1)},
-    ("dkdv", 2, 80, True): {90: Tile(64, 64, 4, 2), 80: Tile(32, 64, 4, 2)},
-    ("dkdv", 2, 80, False): {90: Tile(64, 64, 4, 2), 80: Tile(32, 64, 4, 2)},
-    ("dkdv", 2, 128, True): {80: Tile(32, 64, 8, 2)},
-    ("dkdv", 2, 128, False): {80: Tile(32, 64, 8, 2)},
-    ("dkdv", 4, 128, True): {80: Tile(32, 32, 8, 1)},
-    ("dkdv", 4, 128, False): {80: Tile(32, 32, 8, 1)},
+    ("dq", 2, 128, None): {80: Tile(64, 32, 8, 2)},
+    ("dq", 4, 128, None): {80: Tile(32, 32, 8, 1)},
+    ("dkdv", 2, 80, None): {90: Tile(64, 64, 4, 2), 80: Tile(32, 64, 4, 2)},
+    ("dkdv", 2, 128, None): {80: Tile(32, 64, 8, 2)},
+    ("dkdv", 4, 128, None): {80: Tile(32, 32, 8, 1)},
+}
+
+# Which attention to ask first on CUDA, by the tokens at most. No timing on a GPU stands behind it yet. Triton's takes
+# the rotation in registers; what follows is for where it cannot run (head_dim over 128, no Triton): those write the
+# rotated q and k first, and run their forward again in the backward. Below about 200 tokens flash kernels are reported
+# to tie with torch's own choice or to lose to it; beyond, they are the fastest that there are.
+ATTENTION_ORDER: dict[int | None, tuple[str, ...]] = {
+    200: ("triton", "sdpa", "flash_attn", "xformers"),
+    None: ("triton", "flash_attn", "xformers", "sdpa"),
 }
 
 _pretended: int | None = None
@@ -112,11 +118,19 @@ def head_split(head_dim: int) -> tuple[int, int]:
 def attention_tile(kernel: str, itemsize: int, head_dim: int, rotates: bool) -> Tile:
     """The tile of a rope_attention kernel ("fwd", "dq" or "dkdv") on `arch()`."""
     for (name, size, width, rotating), by_arch in ATTENTION_TILES.items():
-        if name == kernel and size == itemsize and head_dim <= width and rotating == rotates:
+        if name == kernel and size == itemsize and head_dim <= width and rotating in (None, rotates):
             for least, tile in by_arch.items():
                 if arch() >= least:
                     return tile
     raise ValueError(f"no tile for kernel {kernel!r}, {itemsize}-byte elements, head_dim {head_dim}, sm_{arch()}")
+
+
+def attention_order(tokens: int) -> tuple[str, ...]:
+    """The backends of rope_attention on CUDA for this many tokens, the preferred one first."""
+    for most, order in ATTENTION_ORDER.items():
+        if most is None or tokens <= most:
+            return order
+    raise AssertionError("the last row of ATTENTION_ORDER takes all")
 
 
 # 8 elements a thread: 16 bytes of bf16 in each load and store

@@ -16,7 +16,9 @@ first_query/num_queries prune the queries (a last block needs only the latent or
 Triton: q and k are rotated in registers as they are loaded, so neither is written rotated; unrotated rows load no
 table. head_dim 72 runs as 64 + 16 columns (`_tiles.head_split`). With q/k norm a row kernel writes the normalised,
 rotated q and k once, and the attention kernels take them as they are. CPU: native normalise + rotate, then in bf16 the
-native AMX attention, forward and backward, else torch's flash attention.
+native AMX attention, forward and backward, else torch's flash attention. flash_attn, xformers and torch's own choice
+(sdpa) can be asked for on CUDA (`_rope_attention_libraries`); which comes first is `_tiles.ATTENTION_ORDER`, and
+`rope_attention.reason(...)` says why each is or is not taken.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ from torch import Tensor
 
 from . import _native
 from ._op import EMPTY, Backend, Cost, Op, Sample, no_autocast
+from ._rope_attention_libraries import ATTENTIONS, library_backward, library_forward
 from ._rope_attention_triton import triton_backward, triton_forward
+from ._tiles import attention_order
 
 __all__ = ["rope_attention", "rope_attention_ref", "rope_table"]
 
@@ -276,6 +280,11 @@ def _unsupported(backend: str, qkv: Tensor, *rest: Any) -> str | None:
         return EMPTY
     if backend == "native" and (head_dim % 2 or head_dim > 512):
         return f"head_dim {head_dim}: the kernels take even ones up to 512"
+    if backend in ("flash_attn", "xformers"):
+        if backend == "flash_attn" and qkv.dtype == torch.float32:
+            return "flash_attn computes in 16 bits only, qkv is torch.float32"
+        if head_dim % 8 or head_dim > 256:
+            return f"head_dim {head_dim}: {backend} takes multiples of 8 up to 256"
     if backend == "triton":
         if head_dim % 8 or not 16 <= head_dim <= 128:
             return f"head_dim {head_dim}: the kernels take multiples of 8 from 16 to 128"
@@ -290,8 +299,8 @@ def _fake(name: str, *args: Any) -> tuple[Tensor, ...]:
     count = _query_range(qkv, first_query, num_queries)[1]
     if name == "native":  # torch's CPU flash attention lays its log-sum-exp out as (B, Nq, heads)
         lse = qkv.new_empty(batch, count, heads, dtype=torch.float32).transpose(1, 2)
-    else:
-        lse = qkv.new_empty(batch, heads, count, dtype=torch.float32)
+    else:  # the libraries' backwards save nothing
+        lse = qkv.new_empty(0 if name in ATTENTIONS else (batch, heads, count), dtype=torch.float32)
     return qkv.new_empty(batch, count, heads * head_dim), lse
 
 
@@ -315,7 +324,7 @@ def _case(
             angle = 3 * randn(1 if shared else heads, grid or rotated, head_dim // 2, dtype=torch.float32)
             args["rope"] = torch.stack((angle.cos(), angle.sin()))
         if grid:  # a random subset of the grid's rows per image, as dropping masked tokens leaves them
-            args["index"] = randn(batch, grid).argsort(1)[:, :rotated]
+            args["index"] = randn(batch, grid).argsort(1)[:, :rotated].contiguous()
         if norm != "none":
             names = ("q_weight", "k_weight") if norm == "rms" else ("q_weight", "q_bias", "k_weight", "k_bias")
             args.update({name: 1 + 0.2 * randn(head_dim, dtype=torch.float32) for name in names})
@@ -351,7 +360,8 @@ def _cost(qkv: Tensor, rope: Tensor | None = None, *rest: Any, **named: Any) -> 
     batch, n, _, heads, head_dim = qkv.shape
     _first, count = _query_range(qkv, named.get("first_query", 0), named.get("num_queries"))
     width = batch * heads * head_dim
-    table = 0 if rope is None else 4 * rope.numel()
+    index = named.get("index")
+    table = (0 if rope is None else 4 * rope.numel()) + (0 if index is None else 8 * index.numel())
     size = qkv.element_size()
     return Cost(4 * width * count * n, size * width * (2 * n + 2 * count) + table, 1)
 
@@ -360,7 +370,14 @@ rope_attention = Op(
     "rope_attention",
     ref=rope_attention_ref,
     cpu=(Backend("native", _native_forward, _native_backward, library="native"),),
-    cuda=(Backend("triton", triton_forward, triton_backward, library="triton"),),
+    cuda=(
+        Backend("triton", triton_forward, triton_backward, library="triton"),
+        *(
+            Backend(name, library_forward(name, _prepared), library_backward(name, _prepared), library=library)
+            for name, library in (("flash_attn", "flash_attn"), ("xformers", "xformers"), ("sdpa", None))
+        ),
+    ),
+    prefer=lambda qkv, *_: attention_order(qkv.shape[1]),
     fake=_fake,
     saved=1,
     keep_output=True,

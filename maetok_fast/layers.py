@@ -148,10 +148,12 @@ class Attention(nn.Module):
         prefix: int = 0,
         first_query: int = 0,
         num_queries: int | None = None,
+        index: Tensor | None = None,
     ) -> Tensor:
         """x (B, N, D) -> (B, Nq, D) for the queries first_query .. first_query + num_queries - 1 (all by default).
 
         rope: `rope_table`'s (2, heads or 1, M, head_dim / 2); the tokens prefix .. prefix + M - 1 are rotated.
+        index: (B, M) int64, the table's row of each of them where tokens have been dropped; None: row m.
         """
         batch, tokens, _ = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, self.head_dim)
@@ -168,6 +170,7 @@ class Attention(nn.Module):
             eps=self.eps,
             first_query=first_query,
             num_queries=num_queries,
+            index=index,
         )
         return self.proj(out)
 
@@ -299,11 +302,21 @@ def unpatchify(x: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
     return x.permute(0, 5, 1, 3, 2, 4).reshape(x.shape[0], -1, h * patch, w * patch)
 
 
-def grid_positions(grid: tuple[int, int], device: torch.device | str | None = None) -> Tensor:
-    """Row-major token positions of a grid (h, w): (h*w, 2) fp32 with columns x = n mod w and y = n // w."""
+def grid_positions(
+    grid: tuple[int, int], device: torch.device | str | None = None, trained: tuple[int, int] | None = None
+) -> Tensor:
+    """Row-major token positions of a grid (h, w): (h*w, 2) fp32 with columns x = n mod w and y = n // w.
+
+    The unit is one token, at any size (MAETok: a 512 px model counts to 31). `trained`, the grid (h, w) that a model
+    has learned, rescales instead: y * h_trained / h, x * w_trained / w, so that no position exceeds what was seen
+    (position interpolation, Chen et al. 2023, arXiv 2306.15595).
+    """
     h, w = grid
     n = torch.arange(h * w, device=device)
-    return torch.stack([n % w, n.div(w, rounding_mode="floor")], dim=1).to(torch.float32)
+    pos = torch.stack([n % w, n.div(w, rounding_mode="floor")], dim=1).to(torch.float32)
+    if trained is not None:
+        pos = pos * torch.tensor([trained[1] / w, trained[0] / h], device=device)
+    return pos
 
 
 def mixed_frequencies(depth: int, num_heads: int, head_dim: int, theta: float = 10.0) -> Tensor:

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import math
+import sys
+import types
 from typing import Any
 
 import pytest
@@ -11,7 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maetok_fast.kernels import _native, backend, rope_attention, rope_attention_ref, rope_table
+from maetok_fast.kernels import BackendError, _native, backend, rope_attention, rope_attention_ref, rope_table
+from maetok_fast.kernels import _rope_attention_libraries as libraries
+from maetok_fast.kernels import rope_attention as op
+from maetok_fast.layers import axial_frequencies, grid_positions
 
 
 def grid(height: int, width: int) -> torch.Tensor:
@@ -93,6 +98,173 @@ def test_pruned_queries_are_rows_of_the_whole() -> None:
     torch.testing.assert_close(image, whole[:, 1:21], rtol=1e-5, atol=1e-5)
 
 
+def test_lightningdits_axial_layout() -> None:
+    """head_dim 72 = 36 of rows, then 36 of columns, 18 frequencies each, theta 1e4, all tokens, RMS norm before it."""
+    torch.manual_seed(2)
+    heads, frequencies = 3, 10000.0 ** -(torch.arange(18).double() * 2 / 36)
+    qkv, weight = torch.randn(1, 20, 3, heads, 72).double(), 1 + 0.1 * torch.randn(72).double()
+    for trained in (None, (2, 10)):
+        rows, columns = torch.meshgrid(torch.arange(4).double(), torch.arange(5).double(), indexing="ij")
+        if trained is not None:  # a model of 2 x 10 tokens run at 4 x 5
+            rows, columns = rows * 2 / 4, columns * 10 / 5
+        angle = torch.cat((rows.reshape(-1, 1) * frequencies, columns.reshape(-1, 1) * frequencies), 1)
+        table = rope_table(axial_frequencies(18, 10000.0, "y").double(), grid_positions((4, 5), trained=trained))
+        torch.testing.assert_close(table[0, 0], angle.cos(), rtol=1e-6, atol=1e-6)
+        normed = qkv.clone()
+        normed[:, :, :2] *= weight / (qkv[:, :, :2].square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        ours = rope_attention(qkv, table, weight, None, weight, qk_norm="rms")
+        torch.testing.assert_close(ours, naive(normed, angle.expand(heads, -1, -1), 0), rtol=1e-5, atol=1e-5)
+
+
+def test_maetok_counts_tokens_at_every_size_and_can_rescale() -> None:
+    """The corner token of 32 x 32 is (31, 31); rescaled to a model of 16 x 16 it is half of that."""
+    assert grid_positions((32, 32))[-1].tolist() == [31, 31]
+    assert grid_positions((32, 32), trained=(16, 16))[-1].tolist() == [15.5, 15.5]
+    assert grid_positions((4, 8), trained=(4, 4))[1].tolist() == [0.5, 0]
+
+
+def test_dropped_tokens_keep_their_rows() -> None:
+    """Attention over a subset of the image tokens, each with the angle of its own place, and the sum of the gradients
+    of a table row over the images (and tokens) that used it."""
+    torch.manual_seed(3)
+    pos, freqs = grid(3, 4), torch.randn(2, 2, 8, dtype=torch.float64)
+    qkv = torch.randn(3, 1 + 5 + 2, 3, 2, 16, dtype=torch.float64, requires_grad=True)
+    table = rope_table(freqs, pos).requires_grad_()
+    index = torch.stack([torch.randperm(12)[:5] for _ in range(3)])
+    index[0, 1] = index[0, 0]  # twice in one image: allowed
+    ours = rope_attention(qkv, table, prefix=1, index=index)
+    angle = pos[:, 0, None] * freqs[0].unsqueeze(1) + pos[:, 1, None] * freqs[1].unsqueeze(1)
+    theirs = torch.cat([naive(qkv[b : b + 1], angle[:, index[b]], 1) for b in range(3)])
+    torch.testing.assert_close(ours, theirs)
+    cotangent = torch.randn_like(ours)
+    (whole,) = torch.autograd.grad(ours, table, cotangent, retain_graph=True)
+    parts = torch.zeros_like(whole)
+    for b in range(3):  # with a table of its own per image, in its order
+        own = table.detach()[:, :, index[b]].requires_grad_()
+        out = rope_attention(qkv[b : b + 1].detach(), own, prefix=1)
+        parts.index_add_(2, index[b], torch.autograd.grad(out, own, cotangent[b : b + 1])[0])
+    torch.testing.assert_close(whole, parts)
+
+
+@pytest.mark.skipif(_native.why_missing() is not None, reason=str(_native.why_missing()))
+def test_native_gradients_of_repeated_rows_do_not_depend_on_threads() -> None:
+    qkv, table = torch.randn(5, 70, 3, 2, 48), torch.randn(2, 2, 9, 24)
+    index = torch.randint(0, 9, (5, 60))
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            leaves = [qkv.clone().requires_grad_(), table.clone().requires_grad_()]
+            with backend("native"):
+                out = rope_attention(*leaves, prefix=4, index=index)
+            results.append(torch.autograd.grad(out.square().sum(), leaves))
+    finally:
+        torch.set_num_threads(threads)
+    for a, b in zip(*results):
+        assert torch.equal(a, b)
+    exact = [x.double().requires_grad_() for x in (qkv, table)]
+    out = rope_attention_ref(*exact, prefix=4, index=index)
+    for a, b in zip(results[0], torch.autograd.grad(out.square().sum(), exact)):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
+
+
+def test_wrong_indices_are_named() -> None:
+    qkv, table = torch.randn(2, 6, 3, 1, 8), torch.randn(2, 1, 4, 4)
+    with pytest.raises(ValueError, match=r"index must be \(2, M\), got \(3, 2\)"):
+        rope_attention(qkv, table, index=torch.zeros(3, 2, dtype=torch.long))
+    with pytest.raises(ValueError, match="index names rows of rope, and there is no rope"):
+        rope_attention(qkv, index=torch.zeros(2, 2, dtype=torch.long))
+    with pytest.raises(ValueError, match="7 rotated tokens after a prefix of 0 do not fit in 6 tokens"):
+        rope_attention(qkv, table, index=torch.zeros(2, 7, dtype=torch.long))
+    with pytest.raises(TypeError, match="index"):
+        rope_attention(qkv, table, index=torch.zeros(2, 2))
+    for bad in (4, -1):
+        with pytest.raises(IndexError):
+            rope_attention(qkv, table, index=torch.full((2, 2), bad))
+
+
+def test_the_output_is_nobodys_view() -> None:
+    """torch refuses in-place operations on a view that is one of several outputs."""
+    for dtype in (torch.float32, torch.bfloat16):
+        out = rope_attention(torch.randn(1, 5, 3, 2, 16, dtype=dtype, requires_grad=True))
+        out.add_(1)
+        assert not out._is_view()
+
+
+# ---- libraries, none of which runs here: fakes with their documented signatures ------------------------------------
+
+
+def fake_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+        assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+        weights = torch.einsum("bnhd,bmhd->bhnm", q, k).mul(scale).softmax(-1)
+        return torch.einsum("bhnm,bmhd->bnhd", weights, v)
+
+    flash = types.ModuleType("flash_attn")
+    flash.flash_attn_func = lambda q, k, v, softmax_scale: attention(q, k, v, softmax_scale)  # type: ignore[attr-defined]
+    xformers, ops = types.ModuleType("xformers"), types.ModuleType("xformers.ops")
+    ops.memory_efficient_attention = lambda q, k, v, scale: attention(q, k, v, scale)  # type: ignore[attr-defined]
+    for name, module in (("flash_attn", flash), ("xformers", xformers), ("xformers.ops", ops)):
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+@pytest.mark.parametrize("rows", ["triton", "torch"])
+@pytest.mark.parametrize("name", ["flash_attn", "xformers", "sdpa"])
+def test_library_backends(name: str, rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Value and gradients of the launchers, with the rotation by row kernels and by plain torch."""
+    fake_libraries(monkeypatch)
+    if rows == "torch":
+        monkeypatch.setattr(libraries, "why_no_triton", lambda device: "not now")
+    elif libraries.why_no_triton("cpu") is not None:
+        pytest.skip(str(libraries.why_no_triton("cpu")))
+    found = next(b for b in op.cuda if b.name == name)
+    assert found.backward is not None
+    for sample in op.samples():
+        if sample.real or "head_dim 72, no" in sample.label:
+            continue
+        torch.manual_seed(4)
+        args = op.bind((), sample.make(lambda *s, dtype=torch.float32: torch.randn(*s).to(dtype)))
+        exact = [a.double().requires_grad_() if n else a for a, n in zip(args, op.asked(args))]
+        out = rope_attention_ref(*exact)
+        cotangent = torch.randn_like(out)
+        wanted = torch.autograd.grad(out, [a for a, n in zip(exact, op.asked(args)) if n], cotangent)
+        with torch._C._AutoDispatchBelowAutograd():  # as in the body of a custom op
+            ours, *saved = found.forward(*args)
+            grads = found.backward(cotangent.float(), [ours, *saved], args, op.asked(args))
+        got = [g for g, n in zip(grads, op.asked(args)) if n]
+        for a, b in zip((ours, *got), (out, *wanted)):
+            assert a is not None
+            assert (a.double() - b).abs().max() <= 2e-5 * (1 + b.abs().max()), sample.label
+
+
+def test_sdpa_through_the_op() -> None:
+    """The whole way, on the CPU: schema, fake, autograd."""
+    qkv, table = torch.randn(2, 9, 3, 2, 16, requires_grad=True), torch.randn(2, 2, 6, 8, requires_grad=True)
+    with backend("sdpa"):
+        out = rope_attention(qkv, table, prefix=1, first_query=2)
+        torch.library.opcheck(op._forward_op, ("sdpa", *op.bind((qkv, table), {"prefix": 1})))
+    plain = rope_attention_ref(qkv, table, prefix=1, first_query=2)
+    torch.testing.assert_close(out, plain, rtol=1e-5, atol=1e-5)
+    for a, b in zip(*(torch.autograd.grad(o.square().sum(), (qkv, table)) for o in (out, plain))):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_libraries_say_why_not_and_come_in_an_order_by_tokens() -> None:
+    qkv = torch.randn(1, 4, 3, 1, 16)
+    with backend("flash_attn"), pytest.raises(BackendError, match="flash_attn runs on CUDA tensors, these are on cpu"):
+        rope_attention(qkv)
+    assert "16 bits" in str(op.unsupported("flash_attn", *op.bind((qkv,), {})))
+    odd = op.bind((torch.zeros(1, 4, 3, 1, 20, dtype=torch.bfloat16),), {})
+    for name in ("flash_attn", "xformers"):
+        assert "multiples of 8" in str(op.unsupported(name, *odd))
+    assert op.prefer is not None
+    short, long = (op.prefer(*op.bind((torch.zeros(1, n, 3, 1, 16),), {})) for n in (128, 1024))
+    assert short[:2] == ("triton", "sdpa")
+    assert long[:2] == ("triton", "flash_attn")
+    assert [b.name for b in op._ordered("cuda", op.bind((qkv,), {}))] == list(short)
+
+
 shapes = st.fixed_dictionaries(
     {
         "batch": st.integers(1, 3),
@@ -102,6 +274,7 @@ shapes = st.fixed_dictionaries(
         "heads": st.integers(1, 3),
         "head_dim": st.sampled_from([2, 6, 16, 24, 64, 72, 96]),
         "shared": st.booleans(),
+        "gathered": st.booleans(),
         "norm": st.sampled_from(["none", "rms", "layer"]),
         "dtype": st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
         "seed": st.integers(0, 2**31),
@@ -114,8 +287,11 @@ def draw(case: dict[str, Any], data: st.DataObject) -> dict[str, Any]:
     n = max(1, case["prefix"] + case["rotated"] + case["latents"])
     args: dict[str, Any] = {"qkv": torch.randn(case["batch"], n, 3, case["heads"], case["head_dim"]).to(case["dtype"])}
     if case["rotated"]:
-        angle = torch.randn(1 if case["shared"] else case["heads"], case["rotated"], case["head_dim"] // 2)
+        rows = case["rotated"] + 3 * case["gathered"]
+        angle = torch.randn(1 if case["shared"] else case["heads"], rows, case["head_dim"] // 2)
         args |= {"rope": torch.stack((angle.cos(), angle.sin())), "prefix": case["prefix"]}
+        if case["gathered"]:
+            args["index"] = torch.randint(0, rows, (case["batch"], case["rotated"]))
     first = data.draw(st.integers(0, n - 1))
     args |= {"qk_norm": case["norm"], "first_query": first, "num_queries": data.draw(st.integers(1, n - first))}
     if case["norm"] != "none":
@@ -124,7 +300,9 @@ def draw(case: dict[str, Any], data: st.DataObject) -> dict[str, Any]:
 
 
 def check(args: dict[str, Any], name: str) -> None:
-    exact = rope_attention_ref(**{k: v.double() if isinstance(v, torch.Tensor) else v for k, v in args.items()})
+    exact = rope_attention_ref(
+        **{k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in args.items()}
+    )
     with backend("reference"):
         plain = rope_attention(**args)
     with backend(name):

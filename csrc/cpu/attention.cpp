@@ -77,7 +77,9 @@ MF_AMX float exponentials(float* scores, uint16_t* p, int64_t keys, int64_t padd
   return _mm512_reduce_add_ps(sum);
 }
 
-MF_AMX void one_head(const AttentionArgs& a, const AttentionScratch& z, int64_t image, int64_t head, char* scratch) {
+// Queries begin .. end - 1 of one head.
+MF_AMX void one_head(const AttentionArgs& a, const AttentionScratch& z, int64_t image, int64_t head, int64_t begin,
+                     int64_t end, char* scratch) {
   const uint16_t* q = a.q + image * a.q_image + head * a.dim;
   const uint16_t* k = a.k + image * a.k_image + head * a.dim;
   const uint16_t* v = a.v + image * a.v_image + head * a.dim;
@@ -91,8 +93,8 @@ MF_AMX void one_head(const AttentionArgs& a, const AttentionScratch& z, int64_t 
   const Matrix weights{scratch + z.p, 16 * z.p_line, 64, z.p_line};
   const Matrix sums{scratch + z.o, z.channel_tiles * TILE, TILE};
   const float scale = a.scale * LOG2E;
-  for (int64_t m = 0; m < a.queries; m += kQueries) {
-    const int64_t rows = a.queries - m < kQueries ? a.queries - m : kQueries, tiles = (rows + 15) / 16;
+  for (int64_t m = begin; m < end; m += kQueries) {
+    const int64_t rows = end - m < kQueries ? end - m : kQueries, tiles = (rows + 15) / 16;
     for (int64_t t = 0; t < tiles; ++t)
       copy_rows(q + (m + 16 * t) * a.q_token, a.q_token, rows - 16 * t, a.dim, queries.base + t * queries.row);
     stores_are_done();
@@ -118,14 +120,22 @@ MF_AMX void one_head(const AttentionArgs& a, const AttentionScratch& z, int64_t 
 MF_AMX void all_heads(const AttentionArgs& a, const AttentionScratch& z) {
   const Tiles tiles;
   char* scratch = a.scratch + omp_get_thread_num() * z.bytes;
+  // Fewer heads than threads share a head's queries, 128 or more each: K and V are packed again for each share.
+  const int64_t heads = a.batch * a.heads, threads = omp_get_num_threads(), most = (a.queries + 127) / 128;
+  const int64_t wanted = heads > 0 ? (threads + heads - 1) / heads : 1, shares = wanted < most ? wanted : most;
+  const int64_t share = ((a.queries + shares - 1) / shares + kQueries - 1) / kQueries * kQueries;
 #pragma omp for schedule(dynamic)
-  for (int64_t i = 0; i < a.batch * a.heads; ++i) one_head(a, z, i / a.heads, i % a.heads, scratch);
+  for (int64_t i = 0; i < heads * shares; ++i) {
+    const int64_t head = i / shares, begin = i % shares * share, end = begin + share < a.queries ? begin + share : a.queries;
+    if (begin < end) one_head(a, z, head / a.heads, head % a.heads, begin, end, scratch);
+  }
 }
 
 }  // namespace
 
 void attention(const AttentionArgs& a) {
   const AttentionScratch layout(a.keys, a.dim);
+  if (a.queries == 0) return;
 #pragma omp parallel
   all_heads(a, layout);
 }
