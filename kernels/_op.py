@@ -369,7 +369,8 @@ class Op:
         if self.prefer is None or len(candidates) < 2:
             return candidates
         wanted = self.prefer(*args)
-        return sorted(candidates, key=lambda b: wanted.index(b.name) if b.name in wanted else len(wanted))
+        first = [b for name in wanted for b in candidates if b.name == name]
+        return [*first, *[b for b in candidates if b.name not in wanted]]
 
     def _why_not(self, candidate: Backend, device: str, args: tuple[Any, ...]) -> str | None:
         reason = _why_missing(candidate.library, device)

@@ -265,6 +265,15 @@ def test_libraries_say_why_not_and_come_in_an_order_by_tokens() -> None:
     assert [b.name for b in op._ordered("cuda", op.bind((qkv,), {}))] == list(short)
 
 
+def test_the_order_is_no_graph_break(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA, where several backends are asked: here only sdpa can answer, or Triton's interpreter."""
+    monkeypatch.setattr(op, "cpu", op.cuda)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: rope_attention(x) * 2, fullgraph=True, backend="aot_eager")
+    qkv = torch.randn(1, 6, 3, 2, 16)
+    torch.testing.assert_close(compiled(qkv), rope_attention_ref(qkv) * 2, rtol=1e-5, atol=1e-5)
+
+
 shapes = st.fixed_dictionaries(
     {
         "batch": st.integers(1, 3),
