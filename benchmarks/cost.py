@@ -162,7 +162,7 @@ def record(
 
     def attention_tile(kernel: str, itemsize: int, head_dim: int, rotates: bool) -> Any:
         for row, by_arch in _tiles.ATTENTION_TILES.items():
-            if row[:2] == (kernel, itemsize) and head_dim <= row[2] and row[3] == rotates:
+            if row[:2] == (kernel, itemsize) and head_dim <= row[2] and row[3] in (None, rotates):
                 if reached is not None:
                     reached.add((*row, next(least for least in by_arch if arch >= least)))
                 break
@@ -382,7 +382,7 @@ def missed_tiles(reached: set[tuple[Any, ...]]) -> list[str]:
     from maetok_fast.kernels._tiles import ATTENTION_TILES
 
     every = {(*row, least) for row, by_arch in ATTENTION_TILES.items() for least in by_arch}
-    return [f"tile {row}: no sample reaches it, so it was not compiled" for row in sorted(every - reached)]
+    return [f"tile {row}: no sample reaches it, so it was not compiled" for row in sorted(every - reached, key=str)]
 
 
 def build(
