@@ -5,13 +5,9 @@ An op is a formula (`ref`, plain differentiable torch) plus the kernels that com
 
     call ── bind ── check ── coerce ── choose ──┬── "reference": ref(*args), autograd and torch.compile see plain torch
             (names) (shapes) (dtypes,  (table,  │
-                              autocast) shapes) └── kernel: torch.ops.maetok_fast.<name>(backend, *args)
-                                                     │  custom op: fake, CPU/CUDA body = Backend.forward
-                                                     └── torch.ops.maetok_fast.<name>_backward = Backend.backward
+                              autocast) shapes) └── a kernel: Backend.forward and .backward, see `_registration`
 
-Everything before the custom op is pure Python on shapes and dtypes, so `torch.compile(fullgraph=True)` traces through
-it; the custom op is opaque to the compiler and carries the chosen backend as its first argument, so that the backward
-meets the tensors that the same backend saved.
+Everything before a kernel is pure Python on shapes and dtypes, so `torch.compile(fullgraph=True)` traces through it.
 
 A file of the library defines, in this order: the formula (docstring), `<op>_ref`, the kernels, their launchers,
 `_unsupported`, and the record `<op> = Op("<op>", ...)`. From the list of records (`ops()`) come the correctness suite,
@@ -25,7 +21,6 @@ import importlib
 import inspect
 import logging
 import os
-import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,10 +30,12 @@ import torch
 from torch import Tensor
 
 from . import _native
+from ._registration import NAMESPACE, plain_eager, register
 from ._triton import why_no_triton
 
 __all__ = [
     "EMPTY",
+    "NAMESPACE",
     "Backend",
     "BackendError",
     "Cost",
@@ -52,7 +49,6 @@ __all__ = [
 
 log = logging.getLogger("maetok_fast")
 
-NAMESPACE = "maetok_fast"
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EMPTY = "there is nothing to compute"  # an `unsupported` reason that strict mode forgives
 _RECORDS: dict[str, Op] = {}
@@ -272,11 +268,12 @@ class Op:
         self._required = sum(p.default is inspect.Parameter.empty for p in self._params)
         self._defaults = tuple(p.default for p in self._params)
         self._own = tuple(self.own_dtypes.get(name) for name in self.names)
-        self._fp32_at = tuple(name in self.fp32 for name in self.names)
-        self._cast_at = tuple(name not in self.uncast and name not in self.own_dtypes for name in self.names)
-        self._residual_at = -1 if self.residual is None else self.names.index(self.residual)
+        tensors = [i for i, kind in enumerate(self._kinds) if "Tensor" in kind and self._own[i] is None]
+        self._deciding = tuple(i for i in tensors if self.names[i] not in self.fp32)
+        self._cast = tuple((i, self.names[i] in self.fp32) for i in tensors if self.names[i] not in self.uncast)
+        self.residual_at = -1 if self.residual is None else self.names.index(self.residual)
         self.__doc__, self.__name__, self.__signature__ = self.ref.__doc__, self.name, signature
-        self._forward_op = self._register()
+        self._forward_op, self._eager = register(self)
         _RECORDS[self.name] = self
 
     # ---- the call ----------------------------------------------------------------------------------------------
@@ -295,6 +292,8 @@ class Op:
         if chosen == "reference":
             with no_autocast(args[0].device.type):
                 return self.ref(*args)
+        if plain_eager(args):
+            return self._eager(chosen, *args)
         out = self._forward_op(chosen, *args)
         if self.outputs > 1:
             return tuple(out[: self.outputs])
@@ -332,29 +331,31 @@ class Op:
 
     def _coerce(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Applies the op's dtype rule: autocast or promotion, and the always-fp32 arguments."""
-        device = args[0].device.type
-        ruled = [isinstance(v, Tensor) and own is None for v, own in zip(args, self._own)]
-        mine = [v.dtype for v, r, fp32 in zip(args, ruled, self._fp32_at) if r and not fp32]
-        target = mine[0] if mine else torch.float32
-        if self.autocast == "lower":
-            available = torch.amp.is_autocast_available(device)
-            if target == torch.float32 and available and torch.is_autocast_enabled(device):
+        target: torch.dtype | None = None
+        for i in self._deciding:
+            value = args[i]
+            if value is not None:
+                if target is None:
+                    target = value.dtype
+                elif value.dtype is not target and self.autocast == "promote":
+                    target = torch.promote_types(target, value.dtype)
+        target = torch.float32 if target is None else target
+        if self.autocast == "lower" and target is torch.float32:
+            device = args[0].device.type
+            if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
                 target = torch.get_autocast_dtype(device)
-        else:
-            for dtype in mine:
-                target = torch.promote_types(target, dtype)
-        full = torch.float64 if target == torch.float64 else torch.float32
-        out = []
-        for value, cast, fp32 in zip(args, self._cast_at, self._fp32_at):
-            if cast and isinstance(value, Tensor):
-                wanted = full if fp32 else target
-                value = value if value.dtype == wanted else value.to(wanted)
-            out.append(value)
-        return tuple(out)
+        full = torch.float64 if target is torch.float64 else torch.float32
+        out: list[Any] | None = None
+        for i, fp32 in self._cast:
+            value, wanted = args[i], full if fp32 else target
+            if value is not None and value.dtype is not wanted:
+                out = list(args) if out is None else out
+                out[i] = value.to(wanted)
+        return args if out is None else tuple(out)
 
     def asked(self, args: tuple[Any, ...]) -> list[bool]:
         """Per argument, whether a backend's backward has a gradient to compute when every tensor wants its own."""
-        return [isinstance(a, Tensor) and a.is_floating_point() and i != self._residual_at for i, a in enumerate(args)]
+        return [isinstance(a, Tensor) and a.is_floating_point() and i != self.residual_at for i, a in enumerate(args)]
 
     def all_backends(self) -> tuple[Backend, ...]:
         """The CPU backends, then the CUDA backends."""
@@ -444,110 +445,9 @@ class Op:
     def __reduce__(self) -> tuple[Callable[[str], Op], tuple[str]]:
         return _record, (self.name,)
 
-    # ---- torch registration ------------------------------------------------------------------------------------
-
-    def _backend(self, name: str) -> Backend:
+    def backend_named(self, name: str) -> Backend:
+        """The backend of this name, of whatever device; BackendError if there is none."""
         for candidate in self.all_backends():
             if candidate.name == name:
                 return candidate
         raise BackendError(f"{self.name} has no backend {name!r}")
-
-    def _register(self) -> Callable[..., Any]:
-        """Registers `<name>` and `<name>_backward` as torch custom ops; returns the first."""
-        # Without defaults: torch's dispatcher drops trailing arguments that equal theirs on the way to a Python body.
-        arguments = re.sub(
-            r"=[^,)]+", "", torch.library.infer_schema(self.ref, mutates_args=()).rsplit("->", 1)[0].strip()[1:-1]
-        )
-        total, results = self.outputs + self.saved, self.outputs - self.detached
-        returns = ", ".join(["Tensor"] * total)
-        is_tensor = ["Tensor" in str(p.annotation) for p in self._params]
-        count = len(self._params)
-
-        def shaped(outputs: tuple[Tensor, ...]) -> Any:
-            """As the schema says: torch takes a single output bare, several as a tuple."""
-            return tuple(outputs) if total > 1 else outputs[0]
-
-        def contiguous(args: tuple[Any, ...]) -> tuple[Any, ...]:
-            return tuple(a.contiguous() if isinstance(a, Tensor) else a for a in args)
-
-        def forward(name: str, *args: Any) -> Any:
-            with torch.cuda.device_of(args[0]):
-                return shaped(self._backend(name).forward(*contiguous(args)))
-
-        forward_op = torch.library.custom_op(
-            f"{NAMESPACE}::{self.name}", forward, mutates_args=(), schema=f"(str backend, {arguments}) -> ({returns})"
-        )
-        forward_op.register_fake(lambda name, *args: shaped(self.fake(name, *args)))
-        if not self.differentiable:
-            return forward_op
-
-        def backward(
-            grads: list[Tensor], saved: list[Tensor], needs: list[bool], name: str, *args: Any
-        ) -> list[Tensor]:
-            run = self._backend(name).backward
-            assert run is not None
-            dense = contiguous(tuple(grads))
-            with torch.cuda.device_of(dense[0]):
-                found = run(dense if self.outputs > 1 else dense[0], saved, contiguous(args), needs)
-            return [g if n and g is not None else dense[0].new_empty(0) for g, n in zip(found, needs)]
-
-        def backward_fake(
-            grads: list[Tensor], saved: list[Tensor], needs: list[bool], name: str, *args: Any
-        ) -> list[Tensor]:
-            return [
-                torch.empty_like(v, memory_format=torch.contiguous_format) if n else grads[0].new_empty(0)
-                for v, n in zip(args, needs)
-            ]
-
-        backward_op = torch.library.custom_op(
-            f"{NAMESPACE}::{self.name}_backward",
-            backward,
-            mutates_args=(),
-            schema=f"(Tensor[] grads, Tensor[] saved_outputs, bool[] needs, str backend, {arguments}) -> Tensor[]",
-        )
-        backward_op.register_fake(backward_fake)
-
-        def no_second(ctx: Any, *grads: Any) -> None:
-            raise RuntimeError(
-                f"{self.name} has no second derivatives in its kernels; compute it inside "
-                "`with maetok_fast.kernels.backend('reference')`, which differentiates any number of times"
-            )
-
-        backward_op.register_autograd(no_second)
-
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            ctx.backend, *values = inputs
-            outputs = tuple(output) if total > 1 else (output,)
-            tensors = [v for v, t in zip(values, is_tensor) if t and v is not None]
-            ctx.save_for_backward(*tensors, *outputs[0 if self.keep_output else self.outputs :])
-            ctx.others = [None if t and v is not None else v for v, t in zip(values, is_tensor)]
-            ctx.present = [t and v is not None for v, t in zip(values, is_tensor)]
-            ctx.like = [(o.shape, o.dtype, o.device) for o in outputs[:results]] if results > 1 else []
-            ctx.set_materialize_grads(False)
-            if total > results:
-                ctx.mark_non_differentiable(*outputs[results:])
-
-        def autograd(ctx: Any, *output_grads: Tensor | None) -> tuple[Tensor | None, ...]:
-            given = output_grads[:results]
-            nothing: list[Tensor | None] = [None] * (count + 1)
-            if all(g is None for g in given):
-                return tuple(nothing)
-            tensors = list(ctx.saved_tensors)
-            values = [tensors.pop(0) if p else v for p, v in zip(ctx.present, ctx.others)]
-            needs = [bool(p and n) for p, n in zip(ctx.present, ctx.needs_input_grad[1:])]
-            own = self._residual_at
-            asked = [n and i != own for i, n in enumerate(needs)]
-            grads = list(nothing)
-            if any(asked):
-                full = [
-                    torch.zeros(ctx.like[i][0], dtype=ctx.like[i][1], device=ctx.like[i][2]) if g is None else g
-                    for i, g in enumerate(given)
-                ]
-                found = backward_op(full, tensors, asked, ctx.backend, *values)
-                grads[1:] = [r if n else None for r, n in zip(found, asked)]
-            if own >= 0 and needs[own]:
-                grads[1 + own] = given[0]
-            return tuple(grads)
-
-        forward_op.register_autograd(autograd, setup_context=setup_context)
-        return forward_op
