@@ -25,7 +25,7 @@ Backends by device: "triton" (CUDA), "native" (CPU), else "foreach": torch._fore
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -163,7 +163,7 @@ def _plan(ema: Sequence[Tensor], params: Sequence[Tensor], cast_to: Sequence[Ten
 
 
 def _make_plan(ema: Sequence[Tensor], params: Sequence[Tensor], cast_to: Sequence[Tensor], on_device: bool) -> _Plan:
-    rows: dict[tuple[object, ...], list[int]] = {}
+    rows: dict[tuple[Any, ...], list[int]] = {}
     apart = []
     for i, e in enumerate(ema):
         tensors = [e, params[i], *cast_to[i : i + 1]]
@@ -219,7 +219,7 @@ def _foreach(ema: list[Tensor], params: list[Tensor], weight: float | Tensor, ca
     for members in groups.values():
         to, source = [ema[i] for i in members], [params[i] for i in members]
         wide = torch.promote_types(torch.float32, to[0].dtype)
-        step = weight.to(to[0].device, wide) if isinstance(weight, Tensor) else weight
+        step: Any = weight.to(to[0].device, wide) if isinstance(weight, Tensor) else weight  # torch's stub: numbers
         if to[0].dtype == wide:
             torch._foreach_lerp_(to, [s.to(wide) for s in source], step)
         else:

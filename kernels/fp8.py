@@ -128,10 +128,9 @@ def adaln_quantize_ref(
     Returns data (B, N, D) e4m3, row_scale (B, N, 1) fp32, and stats (B, N, 2) fp32: mean and 1 / sqrt(var + eps) of
     each row, what adaln's backward needs. No gradients. ValueError when shapes do not fit together.
     """
-    wide = [None if t is None else _wide(t) for t in (x, shift, scale, weight, bias)]
-    v = wide[0]
-    assert v is not None
-    data, row_scale = _scaled(adaln_ref(v, *wide[1:], eps=eps, offset=offset), (-1,), E4M3)
+    v = _wide(x)
+    shift, scale, weight, bias = (None if t is None else _wide(t) for t in (shift, scale, weight, bias))
+    data, row_scale = _scaled(adaln_ref(v, shift, scale, weight, bias, eps, offset), (-1,), E4M3)
     var, mean = torch.var_mean(v, -1, correction=0)
     return data, row_scale, torch.stack((mean, (var + eps).rsqrt()), -1)
 
@@ -166,8 +165,16 @@ def _columns_check(x: Tensor, kind: str, factor: Tensor | None) -> None:
     _check_factor("fp8_quantize_columns", factor, x.shape[0])
 
 
-def _adaln_check(x: Tensor, *rest: Any) -> None:
-    _check_norm("adaln_quantize", x, *rest, "", "layer")
+def _adaln_check(
+    x: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    offset: float,
+) -> None:
+    _check_norm("adaln_quantize", x, shift, scale, weight, bias, eps, offset, "", "layer")
 
 
 def _transpose_check(x: Tensor, op: str = "transpose_pad") -> None:

@@ -51,7 +51,7 @@ from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ._op import BackendError, Op, _log_once, _State, forced_backend, no_autocast
-from .adaln import adaln, adaln_ref
+from .adaln import adaln
 from .fp8 import adaln_quantize, fp8_quantize, fp8_quantize_columns, transpose_pad
 
 __all__ = ["Fp8Linear", "adaln_linear_fp8", "why_no_fp8_hardware", "why_not_fp8"]
@@ -215,7 +215,7 @@ class _Linear(torch.autograd.Function):
         return y.view(*x.shape[:-1], -1).to(s.dtype)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         with no_autocast(dy.device.type):
             needs = ctx.needs_input_grad[:3]
             dx, dw, db = _gradients(dy.reshape(-1, dy.shape[-1]), ctx.saved_tensors, ctx.cast, needs, ctx.settings)
@@ -243,7 +243,7 @@ class _AdalnLinear(torch.autograd.Function):
         return out.view(*x.shape[:-1], -1).to(s.dtype)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         y8, y_scale, w8, w_scale, stats, *norm = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:5])
         with no_autocast(dy.device.type):
@@ -276,7 +276,7 @@ def _norm_gradients(
         return [g if n else None for g, n in zip(found, needs)]
     wanted = [t.detach().requires_grad_(n) if t is not None else None for t, n in zip(norm, needs)]
     with torch.enable_grad():
-        y = adaln_ref(wanted[0], *wanted[1:], *numbers)  # type: ignore[arg-type]
+        y = adaln.ref(*wanted, *numbers)
     grads = iter(torch.autograd.grad(y, [t for t, n in zip(wanted, needs) if n and t is not None], dn))
     return [next(grads) if n else None for n in needs]
 

@@ -173,4 +173,4 @@ class MasterWeights:
     @torch.no_grad()
     def publish(self) -> None:
         """Rounds the masters into the model."""
-        torch._foreach_copy_(self.model, self.parameters)
+        torch._foreach_copy_(self.model, list[Tensor](self.parameters))
