@@ -36,7 +36,7 @@ def plain_eager(args: tuple[Any, ...]) -> bool:
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
         return False
-    return not torch.autograd._profiler_enabled() and all(
+    return not torch._C._autograd._profiler_enabled() and all(
         type(a) is Tensor or type(a) is torch.nn.Parameter for a in args if isinstance(a, Tensor)
     )
 
@@ -168,7 +168,7 @@ def register(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """The same without the dispatcher. With create_graph the backward is the custom op, which refuses in words."""
 
         @staticmethod
-        def forward(ctx: Any, name: str, *values: Any) -> Any:  # type: ignore[override]
+        def forward(ctx: Any, name: str, *values: Any) -> Any:
             outputs = run(name, values)
             remember(ctx, name, values, outputs)
             if op.detached:
@@ -176,12 +176,12 @@ def register(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
             return visible(outputs)
 
         @staticmethod
-        def backward(ctx: Any, *grads: Tensor | None) -> Any:  # type: ignore[override]
+        def backward(ctx: Any, *grads: Tensor | None) -> Any:
             return gradients(ctx, grads[:results], backward_op if torch.is_grad_enabled() else run_backward)
 
     def eager(name: str, *args: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-            return Eager.apply(name, *args)  # type: ignore[no-untyped-call]
+            return Eager.apply(name, *args)
         return visible(run(name, args))
 
     return forward_op, eager

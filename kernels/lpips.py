@@ -187,7 +187,7 @@ def _triton_backward(
     _lpips_bwd_kernel[(blocks, -(-channels // block_c), batch)](
         f0, f1, dout, weight, saved[0], d0, d1, dweight, pixels, 2 / pixels,
         C=channels, BLOCK_C=block_c, BLOCK_P=block_p, CHANNELS_LAST=channels_last,
-        num_warps=max(1, block_c * block_p // 512),
+        num_warps=max(1, block_c * block_p // 256),
     )  # fmt: skip
     return [d0, d1, None if dweight is None else dweight.sum((0, 1)), None, None]
 
