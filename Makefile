@@ -1,5 +1,5 @@
 # Shortcuts for working on the project; .ci/run is what has to pass.
-.PHONY: dev lint format types test quick bench cost wheel
+.PHONY: dev lint format types test quick bench ops gate cost wheel
 
 dev:     ## an editable install with everything for tests and benchmarks; run it again after a change in csrc/
 	pip install -e '.[test]'
@@ -12,11 +12,15 @@ format:
 types:
 	.ci/types
 test:
-	pytest
+	pytest -n 2
 quick:   ## without the tests that build wheels and libraries
-	pytest -m 'not packaging'
+	pytest -n 2 -m 'not packaging'
 bench:
 	python benchmarks/throughput.py --tokens 128 --res 512
+ops:     ## every op against its reference and torch.compile of it
+	maetok-fast bench ops
+gate:    ## no op slower than at the base commit
+	python benchmarks/compare.py
 cost:
 	python benchmarks/cost.py --check
 wheel:

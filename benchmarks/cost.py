@@ -17,7 +17,7 @@ nvcc these rows are taken over from the stored table, unchecked, and the report 
 
 Every row of the attention's tile table is compiled: those that no real sample reaches by `extra_samples`.
 
-Rules: no kernel of a forward and no CUDA C++ kernel spills; every 16-bit attention kernel has tensor-core
+Rules: no kernel spills; every 16-bit attention kernel has tensor-core
 instructions; wgmma is not serialised; no row of the tile table is left out.
 Gate: registers, spills and shared memory may not grow by more than 10 %, tensor-core instructions may not vanish, and
 launches per call may not grow.
@@ -285,8 +285,11 @@ def _assemble(ptx: str, arch: int, cubin: bytes) -> tuple[str, str]:
             text=True,
             check=True,
         )
-        sass = subprocess.run([tools / "nvdisasm", "-c", binary], capture_output=True, text=True, check=True)
-    return log.stderr + log.stdout, sass.stdout
+        sass = ""
+        if "mma" in ptx:  # disassembling takes a third of the time, and only these have tensor-core work
+            dump = subprocess.run([tools / "nvdisasm", "-c", binary], capture_output=True, text=True, check=True)
+            sass = dump.stdout
+    return log.stderr + log.stdout, sass
 
 
 def find_nvcc() -> str | None:
@@ -416,10 +419,8 @@ def broken_rules(report: Report) -> list[str]:
     for row in report.rows:
         if row.error:
             out.append(f"{row.key}: does not compile: {row.error}")
-        elif row.cuda and row.spill:
+        elif row.spill:
             out.append(f"{row.key}: spills {row.spill} bytes")
-        elif row.direction == "forward" and row.spill:
-            out.append(f"{row.key}: a forward kernel spills {row.spill} bytes")
         elif any(name in row.launch for name in TENSOR_CORE) and "(fp32" not in row.launch and not row.mma:
             out.append(f"{row.key}: no tensor-core instructions")
         if row.serialised:

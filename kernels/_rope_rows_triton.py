@@ -385,7 +385,7 @@ class RowCall:
         if self.index is None:
             _rope_attention_bwd_drope_kernel[(-(-self.table_rows // _ROWS), self.heads)](
                 q, k, dq, dk, self.rope, *weights, *where, *self.rope_strides, self.batch, *sizes,
-                UNROTATED=unrotated, **constants,
+                UNROTATED=unrotated, **constants, num_warps=8 if self.head_dim > 80 else 4,
             )  # fmt: skip
         else:
             rows, order = self.index.flatten().sort(stable=True)

@@ -59,10 +59,12 @@ ATTENTION_TILES: dict[tuple[str, int, int, bool | None], dict[int, Tile]] = {
     ("dq", 2, 80, True): {90: Tile(64, 64, 4, 2), 80: Tile(64, 32, 4, 2)},
     ("dq", 2, 80, False): {90: Tile(64, 64, 4, 2), 80: Tile(64, 64, 8, 2)},
     ("dq", 2, 128, None): {80: Tile(64, 32, 8, 2)},
-    ("dq", 4, 128, None): {80: Tile(32, 32, 8, 1)},
+    ("dq", 4, 80, None): {80: Tile(32, 32, 8, 1)},
+    ("dq", 4, 128, None): {80: Tile(16, 16, 8, 1)},
     ("dkdv", 2, 80, None): {90: Tile(64, 64, 4, 2), 80: Tile(32, 64, 4, 2)},
     ("dkdv", 2, 128, None): {80: Tile(32, 64, 8, 2)},
-    ("dkdv", 4, 128, None): {80: Tile(32, 32, 8, 1)},
+    ("dkdv", 4, 80, None): {80: Tile(32, 32, 8, 1)},
+    ("dkdv", 4, 128, None): {80: Tile(16, 16, 8, 1)},
 }
 
 # Which attention to ask first on CUDA, by the tokens at most. No timing on a GPU stands behind it yet. Triton's takes

@@ -23,6 +23,8 @@ def _has_gpu() -> bool:
     return cuda.cuInit(0) == 0 and cuda.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
 
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores: threads of theirs would wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 GPU = _has_gpu()
 if not GPU and importlib.util.find_spec("triton") is not None:
     os.environ.setdefault("TRITON_INTERPRET", "1")
