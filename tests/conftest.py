@@ -4,9 +4,12 @@ both decided before anything imports maetok_fast, and tests marked `gpu` are ski
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import importlib.util
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 
 import emulate
@@ -25,6 +28,11 @@ def _has_gpu() -> bool:
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores: threads of theirs would wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+    # Inductor's cache knows a custom op by its name, not by the shapes that it returns: what another version of this
+    # package left there would be used. One folder a run, the workers share it.
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="maetok-fast-inductor-")
+    atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 GPU = _has_gpu()
 if not GPU and importlib.util.find_spec("triton") is not None:
     os.environ.setdefault("TRITON_INTERPRET", "1")
