@@ -17,6 +17,7 @@ the kernel benchmarks, the cost report and `maetok-fast doctor`, with no further
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import inspect
 import logging
@@ -36,6 +37,7 @@ from ._triton import why_no_triton
 __all__ = [
     "EMPTY",
     "NAMESPACE",
+    "TOKEN_SHAPES",
     "Backend",
     "BackendError",
     "Cost",
@@ -51,6 +53,13 @@ log = logging.getLogger("maetok_fast")
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EMPTY = "there is nothing to compute"  # an `unsupported` reason that strict mode forgives
+# (batch, tokens, width, label): the models' token streams, the real samples of the ops that take one.
+TOKEN_SHAPES = (
+    (4, 385, 768, "MAETok-B 256 px"),
+    (4, 1153, 768, "MAETok-B 512 px"),
+    (4, 128, 1152, "SiT-XL 128 tokens"),
+    (4, 1024, 1152, "SiT-XL/2 1024 tokens"),
+)
 _RECORDS: dict[str, Op] = {}
 _LOGGED: set[tuple[str, str, str]] = set()
 
@@ -180,6 +189,7 @@ def _why_missing(library: str | None, device: str) -> str | None:
     return None
 
 
+@functools.cache
 def _why_no_package(name: str, device: str) -> str | None:
     """Why the attention library `name` ("flash_attn", "xformers") cannot run on `device`, or None."""
     if device != "cuda":

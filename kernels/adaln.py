@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _adaln_triton, _native
-from ._op import EMPTY, Backend, Cost, Op, Sample
+from ._op import EMPTY, TOKEN_SHAPES, Backend, Cost, Op, Sample
 from ._tiles import MAX_ROW
 from .gate_residual import gate_residual_ref
 
@@ -281,14 +281,6 @@ def _residual_fake(name: str, *args: Any) -> tuple[Tensor, ...]:
     return torch.empty_like(args[0], memory_format=torch.contiguous_format), *_fake(name, *args)
 
 
-_REAL = (
-    (4, 385, 768, "MAETok-B 256 px"),
-    (4, 1153, 768, "MAETok-B 512 px"),
-    (4, 128, 1152, "SiT-XL 128 tokens"),
-    (4, 1024, 1152, "SiT-XL/2 1024 tokens"),
-)
-
-
 def _case(
     label: str,
     shape: tuple[int, int, int],
@@ -316,7 +308,7 @@ def _case(
             args["weight"] = 1 + randn(width, dtype=torch.float32)
             if norm == "layer":
                 args["bias"] = randn(width, dtype=torch.float32)
-        return args | {"offset": offset, "norm": norm}
+        return args | {"offset": offset} | ({} if norm == "layer" else {"norm": norm})
 
     return Sample(label, make, real)
 
@@ -329,7 +321,7 @@ def _samples() -> Iterable[Sample]:
     yield _case("per token, all tokens, affine", (2, 6, 20), 6, True)
     yield _case("one row", (1, 1, 8), 0, True)
     yield _case("more rows than one chunk", (2, 21, 16), 0, True)
-    for batch, n, width, label in _REAL:
+    for batch, n, width, label in TOKEN_SHAPES:
         yield _case(label, (batch, n, width), 0 if width == 1152 else None, width == 768, real=True)
     yield _case("MAETok-B decoder 256 px", (4, 384, 768), 128, False, offset=0.0, real=True)
     yield _case("LightningDiT-XL", (4, 256, 1152), 0, True, norm="rms", real=True)
@@ -341,7 +333,7 @@ def _residual_samples() -> Iterable[Sample]:
     yield _case("MoVQ: no gate, last tokens", (2, 9, 20), 4, False, offset=0.0, residual=True)
     yield _case("RMSNorm, one row", (1, 1, 8), 0, True, norm="rms", gate=2, residual=True)
     yield _case("more rows than one chunk", (2, 21, 16), 0, True, gate=1, residual=True)
-    for batch, n, width, label in _REAL:
+    for batch, n, width, label in TOKEN_SHAPES:
         dit = width == 1152
         shape = (batch, n, width)
         yield _case(label, shape, 0 if dit else None, not dit, gate=2 if dit else 1, residual=True, real=True)

@@ -29,8 +29,9 @@ import torch
 from torch import Tensor
 
 from . import _fp8_triton
-from ._op import EMPTY, Backend, Cost, Op, Sample
+from ._op import EMPTY, TOKEN_SHAPES, Backend, Cost, Op, Sample
 from ._tiles import MAX_ROW, arch
+from .adaln import _case as adaln_case
 from .adaln import _check_norm, adaln_ref
 
 __all__ = [
@@ -264,13 +265,6 @@ def _adaln_cost(x: Tensor, *rest: Any, **named: Any) -> Cost:
 
 # ---- samples -------------------------------------------------------------------------------------------------------
 
-_REAL = (
-    (4, 385, 768, "MAETok-B 256 px"),
-    (4, 1153, 768, "MAETok-B 512 px"),
-    (4, 128, 1152, "SiT-XL 128 tokens"),
-    (4, 1024, 1152, "SiT-XL/2 1024 tokens"),
-)
-
 
 def _case(label: str, shape: tuple[int, ...], kind: str, per: str, factor: bool, real: bool = False) -> Sample:
     def make(randn: Callable[..., Tensor]) -> dict[str, Any]:
@@ -286,7 +280,7 @@ def _samples() -> Iterable[Sample]:
     yield _case("rows, e5m2, factor", (4, 20), "e5m2", "row", True)
     yield _case("tensor, e5m2, several partial maxima", (5, 1000), "e5m2", "tensor", False)
     yield _case("one element", (1,), "e4m3", "row", False)
-    for batch, n, width, label in _REAL:
+    for batch, n, width, label in TOKEN_SHAPES:
         yield _case(f"{label}, rows", (batch, n, width), "e4m3", "row", False, real=True)
         yield _case(f"{label}, tensor", (batch, n, width), "e4m3", "tensor", False, real=True)
         yield _case(f"{label}, gradient rows", (batch * n, width), "e5m2", "row", True, real=True)
@@ -304,7 +298,7 @@ def _columns_samples() -> Iterable[Sample]:
     yield _columns_case("few rows, e5m2, factor", (7, 48), "e5m2", True)
     yield _columns_case("whole tiles", (64, 64), "e4m3", False)
     yield _columns_case("several tiles, odd", (145, 70), "e5m2", True)
-    for batch, n, width, label in _REAL:
+    for batch, n, width, label in TOKEN_SHAPES:
         yield _columns_case(f"{label}, gradient", (batch * n, width), "e5m2", True, real=True)
 
 
@@ -316,36 +310,18 @@ def _transpose_samples() -> Iterable[Sample]:
     yield _bytes_case("few rows", (7, 48))
     yield _bytes_case("whole tiles", (64, 128))
     yield _bytes_case("odd", (100, 33))
-    for batch, n, width, label in _REAL:
+    for batch, n, width, label in TOKEN_SHAPES:
         yield _bytes_case(label, (batch * n, width), real=True)
 
 
-def _adaln_case(
-    label: str, shape: tuple[int, int, int], tokens: int | None, affine: bool, offset: float = 1.0, real: bool = False
-) -> Sample:
-    """tokens None: no modulation, 0: per image, T: the last T tokens."""
-    batch, _n, width = shape
-
-    def make(randn: Callable[..., Tensor]) -> dict[str, Any]:
-        args: dict[str, Any] = {"x": 1 + 2 * randn(*shape), "offset": offset}
-        if tokens is not None:
-            like = (batch, tokens, width) if tokens else (batch, width)
-            args.update(shift=randn(*like), scale=randn(*like))
-        if affine:
-            args.update(weight=1 + randn(width, dtype=torch.float32), bias=randn(width, dtype=torch.float32))
-        return args
-
-    return Sample(label, make, real)
-
-
 def _adaln_samples() -> Iterable[Sample]:
-    yield _adaln_case("DiT: per image", (3, 5, 48), 0, False)
-    yield _adaln_case("plain norm, affine", (2, 5, 33), None, True)
-    yield _adaln_case("MoVQ: last tokens, plain scale", (2, 6, 64), 4, False, offset=0.0)
-    yield _adaln_case("one row", (1, 1, 8), 0, True)
-    for batch, n, width, label in _REAL:
-        yield _adaln_case(label, (batch, n, width), 0 if width == 1152 else None, width == 768, real=True)
-    yield _adaln_case("MAETok-B decoder 256 px", (4, 384, 768), 128, False, offset=0.0, real=True)
+    yield adaln_case("DiT: per image", (3, 5, 48), 0, False)
+    yield adaln_case("plain norm, affine", (2, 5, 33), None, True)
+    yield adaln_case("MoVQ: last tokens, plain scale", (2, 6, 64), 4, False, offset=0.0)
+    yield adaln_case("one row", (1, 1, 8), 0, True)
+    for batch, n, width, label in TOKEN_SHAPES:
+        yield adaln_case(label, (batch, n, width), 0 if width == 1152 else None, width == 768, real=True)
+    yield adaln_case("MAETok-B decoder 256 px", (4, 384, 768), 128, False, offset=0.0, real=True)
 
 
 # ---- records -------------------------------------------------------------------------------------------------------

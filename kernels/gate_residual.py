@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import _native
-from ._op import EMPTY, Backend, Cost, Op, Sample
+from ._op import EMPTY, TOKEN_SHAPES, Backend, Cost, Op, Sample
 from ._tiles import MAX_ROW, row_chunk, row_options
 from ._triton import tl, triton
 
@@ -165,14 +165,6 @@ def _fake(name: str, *args: Any) -> tuple[Tensor, ...]:
     return (torch.empty_like(args[0], memory_format=torch.contiguous_format),)
 
 
-_REAL = (
-    (4, 385, 768, "MAETok-B 256 px"),
-    (4, 1153, 768, "MAETok-B 512 px"),
-    (4, 128, 1152, "SiT-XL 128 tokens"),
-    (4, 1024, 1152, "SiT-XL/2 1024 tokens"),
-)
-
-
 def _case(label: str, shape: tuple[int, int, int], kind: int, real: bool = False) -> Sample:
     like = (shape[2:], (shape[0], shape[2]), shape)[kind]
     return Sample(label, lambda randn: {"x": randn(*shape), "gate": randn(*like), "branch": randn(*shape)}, real)
@@ -184,7 +176,7 @@ def _samples() -> Iterable[Sample]:
     yield _case("per token", (2, 3, 16), 2)
     yield _case("one row", (1, 1, 8), 1)
     yield _case("more rows than one chunk", (2, 21, 16), 1)
-    for batch, n, width, label in _REAL:
+    for batch, n, width, label in TOKEN_SHAPES:
         yield _case(label, (batch, n, width), int(width == 1152), real=True)
 
 
