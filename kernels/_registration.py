@@ -10,21 +10,27 @@ The custom op is opaque to the compiler and carries the chosen backend as its fi
 the tensors that the same backend saved. In eager mode it costs more than a small kernel: the dispatcher, the schema and
 torch's Python wrappers take 3 times as long as an autograd.Function, and a sampling step of SiT-XL makes 170 calls. So
 plain tensors in eager mode go straight to the backend; both ways share `remember` and `gradients`.
+
+Forward mode: torch gives a custom op no way to register a tangent and returns zeros for it. So the op's own kernel for
+the Autograd key looks for tangents, and for torch.func, which takes no such kernels either, and computes the reference
+there, with tangents and gradients by torch's own formulas: in a compiled graph, an exported program or anywhere else
+that recorded the op.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.autograd import make_autograd_impl
 
-if TYPE_CHECKING:
-    from ._op import Op
+from ._dispatch import has_tangent, no_autocast
+from ._record import Record
 
-__all__ = ["NAMESPACE", "plain_eager", "register"]
+__all__ = ["NAMESPACE", "compute", "compute_backward", "plain_eager", "register"]
 
 NAMESPACE = "maetok_fast"
 
@@ -41,63 +47,109 @@ def plain_eager(args: tuple[Any, ...]) -> bool:
     )
 
 
-def register(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
+# ---- a backend's kernels, on tensors that this module allocates ----------------------------------------------------
+
+
+def _contiguous(args: Sequence[Any]) -> list[Any]:
+    return [a.contiguous() if isinstance(a, Tensor) else a for a in args]
+
+
+def compute(record: Record[..., Any], name: str, args: Sequence[Any]) -> Any:
+    """Runs backend `name` forward: the record's `Results`."""
+    if args[0].is_cuda:
+        with torch.cuda.device_of(args[0]):
+            return _compute(record, name, args)
+    return _compute(record, name, args)
+
+
+def _compute(record: Record[..., Any], name: str, args: Sequence[Any]) -> Any:
+    found = record.backend(name)
+    a = record.Args(*_contiguous(args))
+    if found.allocates:
+        return record.Results(*found.forward(a, None))
+    out = record.results(a, name)
+    found.forward(a, out)
+    return out
+
+
+def compute_backward(
+    record: Record[..., Any],
+    name: str,
+    args: Sequence[Any],
+    kept: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> Any:
+    """Runs backend `name` backward: a gradient for each argument that needs one, as `Args`, None elsewhere.
+
+    kept: the saved tensors, behind the outputs where the record keeps them. grads: of the outputs that are not detached.
+    """
+    if grads[0].is_cuda:
+        with torch.cuda.device_of(grads[0]):
+            return _compute_backward(record, name, args, kept, grads, needs)
+    return _compute_backward(record, name, args, kept, grads, needs)
+
+
+def _compute_backward(
+    record: Record[..., Any],
+    name: str,
+    args: Sequence[Any],
+    kept: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> Any:
+    kernel = record.backend(name).backward
+    assert kernel is not None
+    a = record.Args(*_contiguous(args))
+    outputs = () if record.keep_output else (None,) * len(record.outputs)
+    out = record.Results(*outputs, *kept)
+    g = record.Outputs(*_contiguous(grads), *(None,) * len(record.detached))
+    d = record.Args(*(torch.empty_like(v) if n else None for v, n in zip(a, needs)))
+    if record.written:
+        extra = {n: torch.empty_like(a[i]) for n, i in zip(record.written, record.written_at) if d[i] is None}
+        d = d._replace(**extra)
+    kernel(a, out, g, d)
+    return d
+
+
+# ---- registration --------------------------------------------------------------------------------------------------
+
+
+def register(record: Record[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """(the custom op `<name>`, the eager call), both (backend, *args); registers `<name>_backward` too.
 
     The custom op returns (*outputs, *saved), a single tensor bare; the eager call returns what the op returns.
     """
     # Without defaults: torch's dispatcher drops trailing arguments that equal theirs on the way to a Python body.
-    schema = torch.library.infer_schema(op.ref, mutates_args=())
+    schema = torch.library.infer_schema(record.ref, mutates_args=())
     arguments = re.sub(r"=[^,)]+", "", schema.rsplit("->", 1)[0].strip()[1:-1])
-    total, results = op.outputs + op.saved, op.outputs - op.detached
-    returns = ", ".join(["Tensor"] * total)
-    count = len(op.names)
+    shown = len(record.outputs)
+    total, moving = shown + len(record.saved), shown - len(record.detached)
+    count = len(record.names)
 
-    def shaped(outputs: tuple[Tensor, ...]) -> Any:
+    def shaped(results: Sequence[Tensor]) -> Any:
         """As the schema says: torch takes a single output bare, several as a tuple."""
-        return tuple(outputs) if total > 1 else outputs[0]
+        return tuple(results) if total > 1 else results[0]
 
-    def visible(outputs: tuple[Tensor, ...]) -> Any:
-        return tuple(outputs[: op.outputs]) if op.outputs > 1 else outputs[0]
-
-    def contiguous(args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(a.contiguous() if isinstance(a, Tensor) else a for a in args)
-
-    def run(name: str, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
-        kernel = op.backend_named(name).forward
-        if args[0].is_cuda:
-            with torch.cuda.device_of(args[0]):
-                return kernel(*contiguous(args))
-        return kernel(*contiguous(args))
+    def visible(results: Sequence[Tensor]) -> Any:
+        return tuple(results[:shown]) if shown > 1 else results[0]
 
     forward_op = torch.library.custom_op(
-        f"{NAMESPACE}::{op.name}",
-        lambda name, *args: shaped(run(name, args)),
+        f"{NAMESPACE}::{record.name}",
+        lambda name, *args: shaped(compute(record, name, args)),
         mutates_args=(),
-        schema=f"(str backend, {arguments}) -> ({returns})",
+        schema=f"(str backend, {arguments}) -> ({', '.join(['Tensor'] * total)})",
     )
-    forward_op.register_fake(lambda name, *args: shaped(op.fake(name, *args)))
-    if not op.differentiable:
-        return forward_op, lambda name, *args: visible(run(name, args))
+    forward_op.register_fake(lambda name, *args: shaped(record.results(record.Args(*args), name)))
+    if not record.differentiable:  # below autograd, tangents and gradients end: a constant
+        return forward_op, lambda name, *args: visible(compute(record, name, args))
 
-    def run_backward(
-        grads: Sequence[Tensor], saved: Sequence[Tensor], needs: Sequence[bool], name: str, *args: Any
-    ) -> Sequence[Tensor | None]:
-        kernel = op.backend_named(name).backward
-        assert kernel is not None
-        dense = contiguous(tuple(grads))
-        given = dense if op.outputs > 1 else dense[0]
-        if dense[0].is_cuda:
-            with torch.cuda.device_of(dense[0]):
-                return kernel(given, saved, contiguous(args), needs)
-        return kernel(given, saved, contiguous(args), needs)
-
-    def backward(grads: list[Tensor], saved: list[Tensor], needs: list[bool], name: str, *args: Any) -> list[Tensor]:
-        found = run_backward(grads, saved, needs, name, *args)
-        return [g if n and g is not None else grads[0].new_empty(0) for g, n in zip(found, needs)]
+    def backward(grads: list[Tensor], kept: list[Tensor], needs: list[bool], name: str, *args: Any) -> list[Tensor]:
+        found = compute_backward(record, name, args, kept, grads, needs)
+        return [f if n else grads[0].new_empty(0) for f, n in zip(found, needs)]
 
     def backward_fake(
-        grads: list[Tensor], saved: list[Tensor], needs: list[bool], name: str, *args: Any
+        grads: list[Tensor], kept: list[Tensor], needs: list[bool], name: str, *args: Any
     ) -> list[Tensor]:
         return [
             torch.empty_like(v, memory_format=torch.contiguous_format) if n else grads[0].new_empty(0)
@@ -105,34 +157,44 @@ def register(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
         ]
 
     backward_op = torch.library.custom_op(
-        f"{NAMESPACE}::{op.name}_backward",
+        f"{NAMESPACE}::{record.name}_backward",
         backward,
         mutates_args=(),
-        schema=f"(Tensor[] grads, Tensor[] saved_outputs, bool[] needs, str backend, {arguments}) -> Tensor[]",
+        schema=f"(Tensor[] grads, Tensor[] kept, bool[] needs, str backend, {arguments}) -> Tensor[]",
     )
     backward_op.register_fake(backward_fake)
 
     def no_second(ctx: Any, *grads: Any) -> None:
         raise RuntimeError(
-            f"{op.name} has no second derivatives in its kernels; compute it inside "
+            f"{record.name} has no second derivatives in its kernels; compute it inside "
             "`with maetok_fast.kernels.backend('reference')`, which differentiates any number of times"
         )
 
     backward_op.register_autograd(no_second)
 
-    def remember(ctx: Any, name: str, values: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+    def traced_backward(
+        name: str, args: Sequence[Any], kept: Sequence[Tensor], grads: Sequence[Tensor], needs: Sequence[bool]
+    ) -> Sequence[Tensor]:
+        return backward_op(grads, kept, needs, name, *args)
+
+    def eager_backward(
+        name: str, args: Sequence[Any], kept: Sequence[Tensor], grads: Sequence[Tensor], needs: Sequence[bool]
+    ) -> Sequence[Tensor]:
+        return compute_backward(record, name, args, kept, grads, needs)
+
+    def remember(ctx: Any, name: str, values: tuple[Any, ...], results: Sequence[Tensor]) -> None:
         """Saves the tensors, and everything else, for `gradients`."""
         ctx.backend = name
         ctx.present = [isinstance(v, Tensor) for v in values]
         ctx.others = [None if p else v for v, p in zip(values, ctx.present)]
         ctx.save_for_backward(
-            *[v for v, p in zip(values, ctx.present) if p], *outputs[0 if op.keep_output else op.outputs :]
+            *[v for v, p in zip(values, ctx.present) if p], *results[0 if record.keep_output else shown :]
         )
-        ctx.like = [(o.shape, o.dtype, o.device) for o in outputs[:results]] if results > 1 else []
+        ctx.like = [(o.shape, o.dtype, o.device) for o in results[:moving]] if moving > 1 else []
         ctx.set_materialize_grads(False)
 
     def gradients(
-        ctx: Any, given: tuple[Tensor | None, ...], step: Callable[..., Sequence[Tensor | None]]
+        ctx: Any, given: tuple[Tensor | None, ...], step: Callable[..., Sequence[Tensor]]
     ) -> tuple[Tensor | None, ...]:
         """One gradient per input of the custom op (the backend's name is the first)."""
         grads: list[Tensor | None] = [None] * (count + 1)
@@ -141,47 +203,64 @@ def register(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
         tensors = list(ctx.saved_tensors)
         values = [tensors.pop(0) if p else v for p, v in zip(ctx.present, ctx.others)]
         needs = [bool(p and n) for p, n in zip(ctx.present, ctx.needs_input_grad[1:])]
-        own = op.residual_at
+        own = record.residual_at
         asked = [n and i != own for i, n in enumerate(needs)]
         if any(asked):
             full = [
                 torch.zeros(ctx.like[i][0], dtype=ctx.like[i][1], device=ctx.like[i][2]) if g is None else g
                 for i, g in enumerate(given)
             ]
-            found = step(full, tensors, asked, ctx.backend, *values)
-            grads[1:] = [r if n else None for r, n in zip(found, asked)]
+            found = step(ctx.backend, values, tensors, full, asked)
+            grads[1:] = [f if n else None for f, n in zip(found, asked)]
         if own >= 0 and needs[own]:
             grads[1 + own] = given[0]
         return tuple(grads)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        outputs = tuple(output) if total > 1 else (output,)
-        remember(ctx, inputs[0], inputs[1:], outputs)
-        if total > results:
-            ctx.mark_non_differentiable(*outputs[results:])
+        results = tuple(output) if total > 1 else (output,)
+        remember(ctx, inputs[0], inputs[1:], results)
+        if total > moving:
+            ctx.mark_non_differentiable(*results[moving:])
 
     forward_op.register_autograd(
-        lambda ctx, *grads: gradients(ctx, grads[:results], backward_op), setup_context=setup_context
+        lambda ctx, *grads: gradients(ctx, grads[:moving], traced_backward), setup_context=setup_context
     )
+    _answer_tangents(forward_op, record, shaped)
 
     class Eager(torch.autograd.Function):
         """The same without the dispatcher. With create_graph the backward is the custom op, which refuses in words."""
 
         @staticmethod
         def forward(ctx: Any, name: str, *values: Any) -> Any:
-            outputs = run(name, values)
-            remember(ctx, name, values, outputs)
-            if op.detached:
-                ctx.mark_non_differentiable(*outputs[results : op.outputs])
-            return visible(outputs)
+            results = compute(record, name, values)
+            remember(ctx, name, values, results)
+            if record.detached:
+                ctx.mark_non_differentiable(*results[moving:shown])
+            return visible(results)
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> Any:
-            return gradients(ctx, grads[:results], backward_op if torch.is_grad_enabled() else run_backward)
+            return gradients(ctx, grads[:moving], traced_backward if torch.is_grad_enabled() else eager_backward)
 
     def eager(name: str, *args: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
             return Eager.apply(name, *args)
-        return visible(run(name, args))
+        return visible(compute(record, name, args))
 
     return forward_op, eager
+
+
+def _answer_tangents(forward_op: Any, record: Record[..., Any], shaped: Callable[..., Any]) -> None:
+    """Puts the reference before the op's autograd kernel, under torch.func and where an argument carries a tangent. What
+    a backend would have saved is left empty: the reference's own graph does the backward."""
+    usual = make_autograd_impl(forward_op._opoverload, forward_op)
+
+    def autograd(keyset: Any, name: str, *args: Any) -> Any:
+        if not (torch._C._are_functorch_transforms_active() or has_tangent(args)):
+            return usual(keyset, name, *args)
+        with no_autocast(args[0].device.type):
+            outputs = record.ref(*args)
+            saved = record.results(record.Args(*args), name)[len(record.outputs) :]
+        return shaped((*(outputs if isinstance(outputs, tuple) else (outputs,)), *saved))
+
+    forward_op._lib.impl(forward_op._name, autograd, "Autograd", with_keyset=True, allow_override=True)

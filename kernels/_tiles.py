@@ -27,6 +27,8 @@ __all__ = [
     "column_block",
     "head_split",
     "next_power_of_2",
+    "over_grid",
+    "over_row",
     "pretend_arch",
     "row_chunk",
     "row_options",
@@ -141,6 +143,21 @@ def attention_order(tokens: int) -> tuple[str, ...]:
 ELEMENTWISE = {"BLOCK_D": 1024, "num_warps": 4}
 
 MAX_ROW = 16384  # elements of a row that one program keeps in registers
+
+MAX_GRID = 65535  # programs along the second and third dimension of a CUDA grid
+
+
+def over_grid(**counts: int) -> str | None:
+    """Why no grid has so many programs along its second or third dimension, or None: over_grid(batch=n)."""
+    for name, count in counts.items():
+        if count > MAX_GRID:
+            return f"a {name} of {count} exceeds a CUDA grid's second and third dimension ({MAX_GRID})"
+    return None
+
+
+def over_row(width: int) -> str | None:
+    """Why one program does not hold a row of `width` elements, or None."""
+    return f"D = {width}: a program holds one row, at most {MAX_ROW} elements" if width > MAX_ROW else None
 
 
 def row_options(width: int) -> dict[str, int]:

@@ -13,8 +13,9 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-__all__ = ["INTERPRET", "tl", "triton", "why_no_triton"]
+__all__ = ["INTERPRET", "add_up", "tl", "triton", "why_no_triton"]
 
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
@@ -34,8 +35,12 @@ def _import() -> tuple[Any, Any, str | None]:
     try:
         import triton
         import triton.language
-    except ImportError as error:
-        return _Missing(), _Missing(), str(error)
+    except ModuleNotFoundError as error:
+        if error.name == "triton":
+            return _Missing(), _Missing(), f"Triton is not installed ({error}): pip install triton"
+        return _Missing(), _Missing(), f"Triton does not import ({error})"
+    except Exception as error:  # a library that does not load, a broken install: whatever its import says
+        return _Missing(), _Missing(), f"Triton does not import ({type(error).__name__}: {error})"
     return triton, triton.language, None
 
 
@@ -57,7 +62,7 @@ if INTERPRET and _IMPORT_ERROR is None:
 def why_no_triton(device: str) -> str | None:
     """Why Triton kernels cannot run on tensors of this device type, or None."""
     if _IMPORT_ERROR is not None:
-        return f"Triton is not installed ({_IMPORT_ERROR}): pip install triton"
+        return _IMPORT_ERROR
     if INTERPRET:
         return None if device == "cpu" else "TRITON_INTERPRET=1 runs the kernels on CPU tensors"
     if device != "cuda":
@@ -66,3 +71,13 @@ def why_no_triton(device: str) -> str | None:
         return "no CUDA device is available"
     major, minor = torch.cuda.get_device_capability()
     return None if major >= 8 else f"compute capability {major}.{minor} is older than 8.0"
+
+
+def add_up(partial: Tensor | None, dims: int | tuple[int, ...], into: Tensor | None) -> None:
+    """Sums fp32 partial sums over `dims` in a fixed order, into a gradient of any floating dtype; None: not wanted."""
+    if partial is None or into is None:
+        return
+    if into.dtype == partial.dtype:
+        torch.sum(partial, dims, out=into)
+    else:
+        into.copy_(partial.sum(dims))

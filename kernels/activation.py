@@ -13,17 +13,18 @@ of v (1 + tanh u) / 2: one exponential and one division. The native half (csrc/c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _native
-from ._op import EMPTY, Backend, Cost, Op, Sample
+from ._native_call import native
+from ._op import Op
+from ._record import Backend, Sample, drawn
 from ._tiles import ELEMENTWISE
-from ._triton import tl, triton
+from ._triton import add_up, tl, triton
 
 __all__ = ["bias_gelu", "bias_gelu_ref", "swiglu", "swiglu_ref"]
 
@@ -139,111 +140,51 @@ def _swiglu_bwd_kernel(dy_ptr, x_ptr, dx_ptr, H, BLOCK_D: tl.constexpr):
 # ---- launchers -----------------------------------------------------------------------------------------------------
 
 
-def _gelu_triton_forward(x: Tensor, bias: Tensor | None, approximate: str) -> tuple[Tensor, ...]:
-    width = x.shape[-1]
-    y = torch.empty_like(x)
-    grid = (x.numel() // width, -(-width // ELEMENTWISE["BLOCK_D"]))
-    _bias_gelu_fwd_kernel[grid](x, bias, y, width, TANH=approximate == "tanh", **ELEMENTWISE)
-    return (y,)
+def _grid(rows: int, width: int) -> tuple[int, int]:
+    return rows, -(-width // ELEMENTWISE["BLOCK_D"])
 
 
-def _gelu_triton_backward(
-    dy: Tensor, saved: Sequence[Tensor], args: tuple[Any, ...], needs: Sequence[bool]
-) -> Sequence[Tensor | None]:
-    x, bias, approximate = args
-    width = x.shape[-1]
-    rows = x.numel() // width
+def _gelu_forward(a, out):
+    width = a.x.shape[-1]
+    grid = _grid(a.x.numel() // width, width)
+    _bias_gelu_fwd_kernel[grid](a.x, a.bias, out.y, width, TANH=a.approximate == "tanh", **ELEMENTWISE)
+
+
+def _gelu_backward(a, out, g, d):
+    width = a.x.shape[-1]
+    rows = a.x.numel() // width
     chunks = -(-rows // _ROWS)
-    dx = torch.empty_like(x)
-    dbias = x.new_empty(chunks, width, dtype=torch.float32) if bias is not None and needs[1] else None
-    grid = (chunks, -(-width // ELEMENTWISE["BLOCK_D"]))
-    _bias_gelu_bwd_kernel[grid](
-        dy, x, bias, dx, dbias, rows, width, TANH=approximate == "tanh", ROWS=_ROWS, **ELEMENTWISE
+    sums = None if d.bias is None else a.x.new_empty(chunks, width, dtype=torch.float32)
+    _bias_gelu_bwd_kernel[_grid(chunks, width)](
+        g.y, a.x, a.bias, d.x, sums, rows, width, TANH=a.approximate == "tanh", ROWS=_ROWS, **ELEMENTWISE
     )
-    return [dx, None if dbias is None else dbias.sum(0), None]
+    add_up(sums, 0, d.bias)
 
 
-def _gelu_native_forward(x: Tensor, bias: Tensor | None, approximate: str) -> tuple[Tensor, ...]:
-    y = torch.empty_like(x)
-    _native.lib().bias_act_fwd(x, bias, y, _KINDS[approximate])
-    return (y,)
+def _swiglu_forward(a, out):
+    half = out.y.shape[-1]
+    _swiglu_fwd_kernel[_grid(out.y.numel() // half, half)](a.x, out.y, half, **ELEMENTWISE)
 
 
-def _gelu_native_backward(
-    dy: Tensor, saved: Sequence[Tensor], args: tuple[Any, ...], needs: Sequence[bool]
-) -> Sequence[Tensor | None]:
-    x, bias, approximate = args
-    dx = torch.empty_like(x)
-    dbias = torch.empty_like(bias) if bias is not None and needs[1] else None
-    _native.lib().bias_act_bwd(dy, x, bias, dx, dbias, _KINDS[approximate])
-    return [dx, dbias, None]
-
-
-def _swiglu_grid(x: Tensor) -> tuple[int, int]:
-    half = x.shape[-1] // 2
-    return x.numel() // x.shape[-1], -(-half // ELEMENTWISE["BLOCK_D"])
-
-
-def _swiglu_triton_forward(x: Tensor) -> tuple[Tensor, ...]:
-    half = x.shape[-1] // 2
-    y = x.new_empty(*x.shape[:-1], half)
-    _swiglu_fwd_kernel[_swiglu_grid(x)](x, y, half, **ELEMENTWISE)
-    return (y,)
-
-
-def _swiglu_triton_backward(
-    dy: Tensor, saved: Sequence[Tensor], args: tuple[Any, ...], needs: Sequence[bool]
-) -> Sequence[Tensor | None]:
-    (x,) = args
-    dx = torch.empty_like(x)
-    _swiglu_bwd_kernel[_swiglu_grid(x)](dy, x, dx, x.shape[-1] // 2, **ELEMENTWISE)
-    return [dx]
-
-
-def _swiglu_native_forward(x: Tensor) -> tuple[Tensor, ...]:
-    y = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
-    _native.lib().swiglu_fwd(x, y)
-    return (y,)
-
-
-def _swiglu_native_backward(
-    dy: Tensor, saved: Sequence[Tensor], args: tuple[Any, ...], needs: Sequence[bool]
-) -> Sequence[Tensor | None]:
-    dx = torch.empty_like(args[0])
-    _native.lib().swiglu_bwd(dy, args[0], dx)
-    return [dx]
+def _swiglu_backward(a, out, g, d):
+    half = g.y.shape[-1]
+    _swiglu_bwd_kernel[_grid(g.y.numel() // half, half)](g.y, a.x, d.x, half, **ELEMENTWISE)
 
 
 # ---- records -------------------------------------------------------------------------------------------------------
 
 
-def _gelu_check(x: Tensor, bias: Tensor | None, approximate: str) -> None:
-    if approximate not in _KINDS:
-        raise ValueError(f"bias_gelu: approximate must be 'none' or 'tanh', got {approximate!r}")
-    if x.ndim == 0:
-        raise ValueError("bias_gelu: x must be (..., D), got a scalar")
-    if bias is not None and tuple(bias.shape) != (x.shape[-1],):
-        raise ValueError(f"bias_gelu: bias must be ({x.shape[-1]},) for x {tuple(x.shape)}, got {tuple(bias.shape)}")
+def _gelu_check(a):
+    if a.approximate not in _KINDS:
+        raise ValueError(f"bias_gelu: approximate must be 'none' or 'tanh', got {a.approximate!r}")
 
 
-def _swiglu_check(x: Tensor) -> None:
-    if x.ndim == 0 or x.shape[-1] % 2:
-        raise ValueError(f"swiglu: x must be (..., 2H), its last dimension even, got {tuple(x.shape)}")
+def _swiglu_check(a):
+    if a.x.shape[-1] % 2:
+        raise ValueError(f"swiglu: x must be (..., 2H), its last dimension even, got {tuple(a.x.shape)}")
 
 
-def _unsupported(backend: str, x: Tensor, *rest: Any) -> str | None:
-    return EMPTY if x.numel() == 0 else None
-
-
-def _gelu_fake(name: str, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return (torch.empty_like(x, memory_format=torch.contiguous_format),)
-
-
-def _swiglu_fake(name: str, x: Tensor) -> tuple[Tensor, ...]:
-    return (x.new_empty(*x.shape[:-1], x.shape[-1] // 2),)
-
-
-def _gelu_case(label: str, shape: tuple[int, ...], approximate: str, bias: bool, real: bool = False) -> Sample:
+def _gelu(label: str, shape: tuple[int, ...], approximate: str, bias: bool, real: bool = False) -> Sample:
     def make(randn: Callable[..., Tensor]) -> dict[str, Any]:
         args: dict[str, Any] = {"x": 2 * randn(*shape), "approximate": approximate}
         return args | ({"bias": randn(shape[-1], dtype=torch.float32)} if bias else {})
@@ -251,59 +192,48 @@ def _gelu_case(label: str, shape: tuple[int, ...], approximate: str, bias: bool,
     return Sample(label, make, real)
 
 
-def _gelu_samples() -> Iterable[Sample]:
-    yield _gelu_case("erf, bias", (2, 5, 33), "none", True)
-    yield _gelu_case("tanh, bias, more rows than one chunk", (2, 21, 16), "tanh", True)
-    yield _gelu_case("erf, no bias", (3, 7, 20), "none", False)
-    yield _gelu_case("tanh, one row", (1, 9), "tanh", False)
-    yield _gelu_case("MAETok-B 256 px", (4, 385, 3072), "none", True, real=True)
-    yield _gelu_case("MAETok-B 512 px", (4, 1153, 3072), "none", True, real=True)
-    yield _gelu_case("SiT-XL 128 tokens", (4, 128, 4608), "tanh", True, real=True)
-    yield _gelu_case("SiT-XL/2 1024 tokens", (4, 1024, 4608), "tanh", True, real=True)
-
-
-def _swiglu_case(label: str, shape: tuple[int, ...], real: bool = False) -> Sample:
-    return Sample(label, lambda randn: {"x": 2 * randn(*shape)}, real)
-
-
-def _swiglu_samples() -> Iterable[Sample]:
-    yield _swiglu_case("odd half", (2, 5, 2 * 33))
-    yield _swiglu_case("wide rows", (3, 2, 2 * 48))
-    yield _swiglu_case("one row", (1, 2 * 8))
-    yield _swiglu_case("LightningDiT-XL 256 tokens", (4, 256, 2 * 3072), real=True)
-    yield _swiglu_case("LightningDiT-XL 1024 tokens", (4, 1024, 2 * 3072), real=True)
-
-
-def _gelu_cost(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Cost:
-    size = 0 if bias is None else bias.numel() * bias.element_size()
-    return Cost(10 * x.numel(), 2 * x.numel() * x.element_size() + size, 1)
-
-
-def _swiglu_cost(x: Tensor) -> Cost:
-    return Cost(5 * x.numel() // 2, x.numel() * x.element_size() * 3 // 2, 1)
-
-
 bias_gelu = Op(
     "bias_gelu",
     ref=bias_gelu_ref,
-    cpu=(Backend("native", _gelu_native_forward, _gelu_native_backward, library="native"),),
-    cuda=(Backend("triton", _gelu_triton_forward, _gelu_triton_backward, library="triton"),),
-    fake=_gelu_fake,
+    shapes={"x": "... D", "bias": "D"},
     check=_gelu_check,
-    unsupported=_unsupported,
-    samples=_gelu_samples,
-    cost=_gelu_cost,
-    fp32=frozenset({"bias"}),
+    roles={"bias": "fp32"},
+    written=("x",),
+    cpu=[
+        native(
+            "bias_act_fwd x bias y kind",
+            "bias_act_bwd d_y x bias d_x d_bias kind",
+            kind=lambda a: _KINDS[a.approximate],
+        )
+    ],
+    cuda=[Backend("triton", _gelu_forward, _gelu_backward)],
+    samples=[
+        _gelu("erf, bias", (2, 5, 33), "none", True),
+        _gelu("tanh, bias, more rows than one chunk", (2, 21, 16), "tanh", True),
+        _gelu("erf, no bias", (3, 7, 20), "none", False),
+        _gelu("tanh, one row", (1, 9), "tanh", False),
+        _gelu("MAETok-B 256 px", (4, 385, 3072), "none", True, real=True),
+        _gelu("MAETok-B 512 px", (4, 1153, 3072), "none", True, real=True),
+        _gelu("SiT-XL 128 tokens", (4, 128, 4608), "tanh", True, real=True),
+        _gelu("SiT-XL/2 1024 tokens", (4, 1024, 4608), "tanh", True, real=True),
+    ],
+    flops=lambda a: 10 * a.x.numel(),
 )
 
 swiglu = Op(
     "swiglu",
     ref=swiglu_ref,
-    cpu=(Backend("native", _swiglu_native_forward, _swiglu_native_backward, library="native"),),
-    cuda=(Backend("triton", _swiglu_triton_forward, _swiglu_triton_backward, library="triton"),),
-    fake=_swiglu_fake,
+    shapes={"x": "... H"},
     check=_swiglu_check,
-    unsupported=_unsupported,
-    samples=_swiglu_samples,
-    cost=_swiglu_cost,
+    out=lambda a, backend: (a.x.new_empty(*a.x.shape[:-1], a.x.shape[-1] // 2),),
+    cpu=[native("swiglu_fwd x y", "swiglu_bwd d_y x d_x")],
+    cuda=[Backend("triton", _swiglu_forward, _swiglu_backward)],
+    samples=[
+        drawn("odd half", x=(2, 5, 2 * 33)),
+        drawn("wide rows", x=(3, 2, 2 * 48)),
+        drawn("one row", x=(1, 2 * 8)),
+        drawn("LightningDiT-XL 256 tokens", True, x=(4, 256, 2 * 3072)),
+        drawn("LightningDiT-XL 1024 tokens", True, x=(4, 1024, 2 * 3072)),
+    ],
+    flops=lambda a: 5 * a.x.numel() // 2,
 )

@@ -11,21 +11,16 @@ from a linear, and neither it nor its gradient is ever converted in memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from . import _native
-from ._op import EMPTY, TOKEN_SHAPES, Backend, Cost, Op, Sample
-from ._tiles import MAX_ROW, row_chunk, row_options
-from ._triton import tl, triton
+from ._native_call import native
+from ._op import Op
+from ._record import TOKEN_SHAPES, Backend, drawn
+from ._tiles import over_grid, over_row, row_chunk, row_options
+from ._triton import add_up, tl, triton
 
 __all__ = ["gate_residual", "gate_residual_ref"]
-
-
-# ---- reference -----------------------------------------------------------------------------------------------------
 
 
 def gate_residual_ref(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
@@ -35,9 +30,6 @@ def gate_residual_ref(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
     Returns (B, N, D) in their widest dtype. Raises ValueError when shapes do not fit together.
     """
     return torch.addcmul(x, gate.unsqueeze(1) if gate.ndim == 2 else gate, branch)
-
-
-# ---- Triton --------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -76,125 +68,48 @@ def _gate_residual_bwd_kernel(
             gate = tl.load(gate_ptr + at * D + offs_d, mask=live, other=0.0).to(tl.float32)
             tl.store(dbranch_ptr + row * D + offs_d, (dy * gate).to(dbranch_ptr.dtype.element_ty), mask=live)
         if dgate_ptr is not None:
-            branch = tl.load(branch_ptr + row * D + offs_d, mask=live, other=0.0).to(tl.float32)
+            dgate = dy * tl.load(branch_ptr + row * D + offs_d, mask=live, other=0.0).to(tl.float32)
+            total += dgate
             if KIND == 2:
-                tl.store(dgate_ptr + row * D + offs_d, (dy * branch).to(dgate_ptr.dtype.element_ty), mask=live)
-            else:
-                total += dy * branch
+                tl.store(dgate_ptr + row * D + offs_d, dgate.to(dgate_ptr.dtype.element_ty), mask=live)
     if dgate_ptr is not None and KIND != 2:
         tl.store(dgate_ptr + program * D + offs_d, total, mask=mask)
 
 
-# ---- launchers -----------------------------------------------------------------------------------------------------
+def _forward(a, out):
+    batch, n, width = a.x.shape
+    _gate_residual_fwd_kernel[(batch * n,)](a.x, a.gate, a.branch, out.y, n, KIND=a.gate.ndim - 1, **row_options(width))
 
 
-def _kind(gate: Tensor) -> int:
-    return gate.ndim - 1
-
-
-def _triton_forward(x: Tensor, gate: Tensor, branch: Tensor) -> tuple[Tensor, ...]:
-    batch, n, width = x.shape
-    y = torch.empty_like(x)
-    _gate_residual_fwd_kernel[(batch * n,)](x, gate, branch, y, n, KIND=_kind(gate), **row_options(width))
-    return (y,)
-
-
-def _triton_backward(
-    dy: Tensor, saved: Sequence[Tensor], args: tuple[Any, ...], needs: Sequence[bool]
-) -> Sequence[Tensor | None]:
-    _x, gate, branch = args
-    batch, n, width = dy.shape
-    chunk = row_chunk(batch * n)
-    chunks = -(-n // chunk)
-    kind = _kind(gate)
-    dbranch = torch.empty_like(branch) if needs[2] else None
-    dgate = None
-    if needs[1]:
-        dgate = torch.empty_like(gate) if kind == 2 else dy.new_empty(batch, chunks, width, dtype=torch.float32)
-    _gate_residual_bwd_kernel[(chunks, batch)](
-        dy, gate, branch, dbranch, dgate, n, KIND=kind, CHUNK=chunk, **row_options(width)
+def _backward(a, out, g, d):
+    batch, n, width = a.x.shape
+    kind, chunk = a.gate.ndim - 1, row_chunk(batch * n)
+    grid = (-(-n // chunk), batch)
+    sums = None if d.gate is None or kind == 2 else a.x.new_empty(batch, grid[0], width, dtype=torch.float32)
+    dgate = d.gate if kind == 2 else sums
+    _gate_residual_bwd_kernel[grid](
+        g.y, a.gate, a.branch, d.branch, dgate, n, KIND=kind, CHUNK=chunk, **row_options(width)
     )
-    if dgate is not None and kind != 2:
-        dgate = dgate.sum(1 if kind == 1 else (0, 1)).to(gate.dtype)
-    return [None, dgate, dbranch]
-
-
-def _native_forward(x: Tensor, gate: Tensor, branch: Tensor) -> tuple[Tensor, ...]:
-    y = torch.empty_like(x)
-    _native.lib().gate_residual_fwd(x, gate, branch, y, _kind(gate))
-    return (y,)
-
-
-def _native_backward(
-    dy: Tensor, saved: Sequence[Tensor], args: tuple[Any, ...], needs: Sequence[bool]
-) -> Sequence[Tensor | None]:
-    _x, gate, branch = args
-    dgate = torch.empty_like(gate) if needs[1] else None
-    dbranch = torch.empty_like(branch) if needs[2] else None
-    _native.lib().gate_residual_bwd(dy, gate, branch, dbranch, dgate, _kind(gate))
-    return [None, dgate, dbranch]
-
-
-# ---- record --------------------------------------------------------------------------------------------------------
-
-
-def _check(x: Tensor, gate: Tensor, branch: Tensor) -> None:
-    if x.ndim != 3 or x.shape != branch.shape:
-        raise ValueError(
-            f"gate_residual: x and branch must both be (B, N, D), got {tuple(x.shape)} and {tuple(branch.shape)}"
-        )
-    batch, _n, width = x.shape
-    # by rank: comparing sizes of different meaning would tie a symbolic batch to the width
-    if gate.ndim not in (1, 2, 3) or tuple(gate.shape) != ((width,), (batch, width), tuple(x.shape))[gate.ndim - 1]:
-        raise ValueError(
-            f"gate_residual: gate must be ({width},), ({batch}, {width}) or {tuple(x.shape)}, got {tuple(gate.shape)}"
-        )
-
-
-def _unsupported(backend: str, x: Tensor, gate: Tensor, branch: Tensor) -> str | None:
-    if x.numel() == 0:
-        return EMPTY
-    if backend == "triton" and x.shape[2] > MAX_ROW:
-        return f"D = {x.shape[2]}: a program holds one row, at most {MAX_ROW} elements"
-    if backend == "triton" and x.shape[0] > 65535:
-        return f"a batch of {x.shape[0]} exceeds a CUDA grid's second dimension"
-    return None
-
-
-def _fake(name: str, *args: Any) -> tuple[Tensor, ...]:
-    return (torch.empty_like(args[0], memory_format=torch.contiguous_format),)
-
-
-def _case(label: str, shape: tuple[int, int, int], kind: int, real: bool = False) -> Sample:
-    like = (shape[2:], (shape[0], shape[2]), shape)[kind]
-    return Sample(label, lambda randn: {"x": randn(*shape), "gate": randn(*like), "branch": randn(*shape)}, real)
-
-
-def _samples() -> Iterable[Sample]:
-    yield _case("LayerScale", (3, 7, 48), 0)
-    yield _case("adaLN-zero: per image", (2, 5, 33), 1)
-    yield _case("per token", (2, 3, 16), 2)
-    yield _case("one row", (1, 1, 8), 1)
-    yield _case("more rows than one chunk", (2, 21, 16), 1)
-    for batch, n, width, label in TOKEN_SHAPES:
-        yield _case(label, (batch, n, width), int(width == 1152), real=True)
-
-
-def _cost(x: Tensor, gate: Tensor, branch: Tensor) -> Cost:
-    size = 2 * x.numel() * x.element_size()
-    return Cost(2 * x.numel(), size + sum(t.numel() * t.element_size() for t in (gate, branch)), 1)
+    add_up(sums, 1 if kind == 1 else (0, 1), d.gate)
 
 
 gate_residual = Op(
     "gate_residual",
     ref=gate_residual_ref,
-    cpu=(Backend("native", _native_forward, _native_backward, library="native"),),
-    cuda=(Backend("triton", _triton_forward, _triton_backward, library="triton"),),
-    fake=_fake,
-    check=_check,
-    unsupported=_unsupported,
-    samples=_samples,
-    cost=_cost,
-    uncast=frozenset({"gate", "branch"}),
+    shapes={"x": "B N D", "branch": "B N D", "gate": "D | B D | B N D"},
+    roles={"gate": "as given", "branch": "as given"},
     residual="x",
-)
+    cpu=[native("gate_residual_fwd x gate branch y kind", "gate_residual_bwd d_y gate branch d_branch d_gate kind",
+                kind=lambda a: a.gate.ndim - 1)],
+    cuda=[Backend("triton", _forward, _backward, lambda a: over_row(a.x.shape[2]) or over_grid(batch=a.x.shape[0]))],
+    samples=[
+        drawn("LayerScale", x=(3, 7, 48), gate=(48,), branch=(3, 7, 48)),
+        drawn("adaLN-zero: per image", x=(2, 5, 33), gate=(2, 33), branch=(2, 5, 33)),
+        drawn("per token", x=(2, 3, 16), gate=(2, 3, 16), branch=(2, 3, 16)),
+        drawn("one row", x=(1, 1, 8), gate=(1, 8), branch=(1, 1, 8)),
+        drawn("more rows than one chunk", x=(2, 21, 16), gate=(2, 16), branch=(2, 21, 16)),
+        *(drawn(label, True, x=(b, n, d), gate=(b, d) if d == 1152 else (d,), branch=(b, n, d))
+          for b, n, d, label in TOKEN_SHAPES),
+    ],
+    flops=lambda a: 2 * a.x.numel(),
+)  # fmt: skip
