@@ -16,66 +16,67 @@ if __name__ != "maetok_fast.kernels":
 from ._dispatch import backend, forced_backend
 from ._op import Op, ops
 from ._record import Backend, BackendError, Cost, Sample, drawn
+
 try:
     from .activation import bias_gelu, bias_gelu_ref, swiglu, swiglu_ref
 except Exception as e:
-    print('NOT YET', repr(e)[:200])
+    print("NOT YET", repr(e)[:200])
 try:
     from .adaln import adaln, adaln_ref, residual_adaln, residual_adaln_ref
 except Exception as e:
-    print('NOT YET', repr(e)[:200])
+    print("NOT YET", repr(e)[:200])
 try:
     from .augment import diff_augment, diff_augment_ref, draw_augmentation
 except Exception as e:
-    print('NOT YET', repr(e)[:200])
+    print("NOT YET", repr(e)[:200])
 try:
     from .blur import blur_down, blur_down_ref, blur_up, blur_up_ref
 except Exception as e:
-    print('NOT YET', repr(e)[:200])
+    print("NOT YET", repr(e)[:200])
 try:
     from .ema import ema_update, ema_update_ref
 except Exception as e:
-    print('NOT YET', repr(e)[:200])
+    print("NOT YET", repr(e)[:200])
 try:
     from .embed_tokens import decoder_tokens, decoder_tokens_ref, embed_tokens, embed_tokens_ref
 except Exception as e:
-    print('NOT YET', repr(e)[:200])
+    print("NOT YET", repr(e)[:200])
 try:
     from .fp8 import adaln_quantize, fp8_quantize, fp8_quantize_columns, transpose_pad
 except Exception as e:
-    print('NOT YET', repr(e)[:200])
+    print("NOT YET", repr(e)[:200])
 try:
     from .fp8_linear import Fp8Linear, adaln_linear_fp8, why_not_fp8
 except Exception as e:
-    print('NOT YET', repr(e)[:200])
+    print("NOT YET", repr(e)[:200])
 try:
     from .gan_loss import discriminator_loss, discriminator_loss_ref, generator_loss, generator_loss_ref
 except Exception as e:
-    print('NOT YET', repr(e)[:200])
+    print("NOT YET", repr(e)[:200])
 try:
     from .gate_residual import gate_residual, gate_residual_ref
 except Exception as e:
-    print('NOT YET', repr(e)[:200])
+    print("NOT YET", repr(e)[:200])
 try:
     from .gather_tokens import gather_tokens, gather_tokens_ref, scatter_tokens, scatter_tokens_ref
 except Exception as e:
-    print('NOT YET', repr(e)[:200])
+    print("NOT YET", repr(e)[:200])
 try:
     from .hog import hog, hog_ref
 except Exception as e:
-    print('NOT YET', repr(e)[:200])
+    print("NOT YET", repr(e)[:200])
 try:
     from .lpips import lpips_tail, lpips_tail_ref
 except Exception as e:
-    print('NOT YET', repr(e)[:200])
+    print("NOT YET", repr(e)[:200])
 try:
     from .patchgan import affine_act, affine_act_ref, norm_act, norm_act_ref
 except Exception as e:
-    print('NOT YET', repr(e)[:200])
+    print("NOT YET", repr(e)[:200])
 try:
     from .rope_attention import rope_attention, rope_attention_ref, rope_table
 except Exception as e:
-    print('NOT YET', repr(e)[:200])
+    print("NOT YET", repr(e)[:200])
 try:
     from .token_mask import (
         host_mask_count,
@@ -89,4 +90,4 @@ try:
         visible_index_ref,
     )
 except Exception as e:
-    print('NOT YET', repr(e)[:200])
+    print("NOT YET", repr(e)[:200])

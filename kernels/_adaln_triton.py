@@ -1,7 +1,8 @@
 # Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
-"""Triton kernels and launchers of adaln and residual_adaln (see adaln.py): one pair of kernels serves both.
+"""Triton kernels and launchers of adaln, residual_adaln (adaln.py) and adaln_quantize (fp8.py): one pair serves all.
 
-Forward: one program a row, which stays in registers from the load of x (and of the residual branch) to the store of y.
+Forward: one program a row, which stays in registers from the load of x (and of the residual branch) to the store of y,
+in a float dtype, or in float8 with the row's scale.
 Backward: one program CHUNK rows of one image, in order; its sums over rows go to one fp32 row per program, which the
 launcher adds. Pointers of absent tensors are None, which Triton specialises on.
 """
@@ -13,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._fp8_triton import _magnitude, _scale_of
 from ._tiles import row_chunk, row_options
-from ._triton import tl, triton
+from ._triton import add_up, tl, triton
 
 __all__ = ["backward", "forward"]
 
@@ -46,11 +48,13 @@ def _modulation_row(row, mask, N, T, D: tl.constexpr, PER_TOKEN: tl.constexpr):
 
 @triton.jit
 def _adaln_fwd_kernel(
-    x_ptr, branch_ptr, gate_ptr, shift_ptr, scale_ptr, weight_ptr, bias_ptr, h_ptr, y_ptr, stats_ptr,
-    N, T, eps, offset,
+    x_ptr, branch_ptr, gate_ptr, shift_ptr, scale_ptr, weight_ptr, bias_ptr, h_ptr, y_ptr, row_scale_ptr,
+    stats_ptr, N, T, eps, offset,
     D: tl.constexpr, PAD: tl.constexpr, PER_TOKEN: tl.constexpr, PER_IMAGE_GATE: tl.constexpr, RMS: tl.constexpr,
+    TOP: tl.constexpr,
 ):  # fmt: skip
-    """One program: one row. stats (B * N, 2) fp32: mean (0 for RMSNorm) and 1 / sqrt(var + eps)."""
+    """One program: one row. stats (B * N, 2) fp32: mean (0 for RMSNorm) and 1 / sqrt(var + eps). row_scale (B * N,)
+    with y in float8, whose largest value is TOP."""
     row = tl.program_id(0).to(tl.int64)
     offs_d = tl.arange(0, PAD)
     mask = offs_d < D
@@ -66,14 +70,18 @@ def _adaln_fwd_kernel(
     tl.store(stats_ptr + row * 2 + 1, rstd)
     y = x * rstd
     if weight_ptr is not None:
-        y *= tl.load(weight_ptr + offs_d, mask=mask, other=0.0)
+        y *= tl.load(weight_ptr + offs_d, mask=mask, other=0.0).to(tl.float32)
     if bias_ptr is not None:
-        y += tl.load(bias_ptr + offs_d, mask=mask, other=0.0)
+        y += tl.load(bias_ptr + offs_d, mask=mask, other=0.0).to(tl.float32)
     at, mask_t = _modulation_row(row, mask, N, T, D, PER_TOKEN)
     if scale_ptr is not None:
         y *= offset + tl.load(scale_ptr + at + offs_d, mask=mask_t, other=1.0 - offset).to(tl.float32)
     if shift_ptr is not None:
         y += tl.load(shift_ptr + at + offs_d, mask=mask_t, other=0.0).to(tl.float32)
+    if row_scale_ptr is not None:
+        found, inverse = _scale_of(tl.max(tl.where(mask, _magnitude(y), 0), 0), TOP)
+        tl.store(row_scale_ptr + row, found)
+        y *= inverse
     tl.store(y_ptr + row * D + offs_d, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -159,93 +167,49 @@ def _adaln_bwd_kernel(
 # ---- launchers -----------------------------------------------------------------------------------------------------
 
 
-def _flags(gate: Tensor | None, shift: Tensor | None, scale: Tensor | None, rms: bool) -> dict[str, Any]:
-    like = scale if scale is not None else shift
+def _flags(a: Any) -> dict[str, Any]:
+    like, gate = a.scale if a.scale is not None else a.shift, getattr(a, "gate", None)
     return {
         "PER_TOKEN": like is not None and like.ndim == 3,
         "PER_IMAGE_GATE": gate is not None and gate.ndim == 2,
-        "RMS": rms,
+        "RMS": a.norm == "rms",
     }
 
 
-def _tokens(shift: Tensor | None, scale: Tensor | None) -> int:
-    like = scale if scale is not None else shift
+def _tokens(a: Any) -> int:
+    like = a.scale if a.scale is not None else a.shift
     return 0 if like is None else like.shape[1] if like.ndim == 3 else 1
 
 
-def forward(
-    x: Tensor,
-    branch: Tensor | None,
-    gate: Tensor | None,
-    shift: Tensor | None,
-    scale: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    offset: float,
-    dtype: torch.dtype,
-    rms: bool,
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """(h with a branch, y in `dtype`, stats)."""
-    batch, n, width = x.shape
-    h = None if branch is None else torch.empty_like(x)
-    y = torch.empty_like(x, dtype=dtype)
-    stats = x.new_empty(batch * n, 2, dtype=torch.float32)
+def forward(a: Any, out: Any) -> None:
+    """Fills out.y and out.stats; out.h with a.branch, out.row_scale with y in float8."""
+    batch, n, width = a.x.shape
+    row_scale = getattr(out, "row_scale", None)
     _adaln_fwd_kernel[(batch * n,)](
-        x, branch, gate, shift, scale, weight, bias, h, y, stats, n, _tokens(shift, scale), eps, offset,
-        **_flags(gate, shift, scale, rms), **row_options(width),
-    )  # fmt: skip
-    return h, y, stats
-
-
-def backward(
-    dh: Tensor | None,
-    dy: Tensor,
-    stats: Tensor,
-    x: Tensor,
-    branch: Tensor | None,
-    gate: Tensor | None,
-    shift: Tensor | None,
-    scale: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    offset: float,
-    rms: bool,
-    needs: tuple[bool, ...],
-) -> list[Tensor | None]:
-    """Gradients of (x, branch, gate, shift, scale, weight, bias); `needs` in the same order."""
-    batch, n, width = x.shape
-    flags = _flags(gate, shift, scale, rms)
-    chunk = row_chunk(batch * n)
-    chunks = -(-n // chunk)
-
-    def like(t: Tensor | None, wanted: bool, summed: bool) -> Tensor | None:
-        if t is None or not wanted:
-            return None
-        return x.new_empty(batch, chunks, width, dtype=torch.float32) if summed else torch.empty_like(t)
-
-    per_token = flags["PER_TOKEN"]
-    dx, dbranch = torch.empty_like(x), like(branch, needs[1], False)
-    dgate = like(gate, needs[2], True)
-    dshift, dscale = like(shift, needs[3], not per_token), like(scale, needs[4], not per_token)
-    dweight, dbias = like(weight, needs[5], True), like(bias, needs[6], True)
-    _adaln_bwd_kernel[(chunks, batch)](
-        dh, dy, x, branch, gate, scale, weight, bias, stats, dx, dbranch, dgate, dshift, dscale, dweight, dbias,
-        n, _tokens(shift, scale), offset, CHUNK=chunk, **flags, **row_options(width),
+        a.x, getattr(a, "branch", None), getattr(a, "gate", None), a.shift, a.scale, a.weight, a.bias,
+        getattr(out, "h", None), out.y, row_scale, out.stats, n, _tokens(a), a.eps, a.offset,
+        TOP=0.0 if row_scale is None else torch.finfo(out.y.dtype).max, **_flags(a), **row_options(width),
     )  # fmt: skip
 
-    def total(sums: Tensor | None, t: Tensor | None) -> Tensor | None:
-        """Partial sums -> a gradient of t's shape, (D,) or (B, D); anything else is one already."""
-        if sums is None or t is None or t.ndim == 3:
-            return sums
-        return sums.sum(1 if t.ndim == 2 else (0, 1)).to(t.dtype)
 
-    return [
-        dx,
-        dbranch,
-        total(dgate, gate),
-        total(dshift, shift),
-        total(dscale, scale),
-        total(dweight, weight),
-        total(dbias, bias),
-    ]
+def backward(a: Any, out: Any, g: Any, d: Any) -> None:
+    """Fills the gradients of x, branch, gate, shift, scale, weight and bias."""
+    batch, n, width = a.x.shape
+    flags, chunk = _flags(a), row_chunk(batch * n)
+    grid = (-(-n // chunk), batch)
+    whole = ("shift", "scale") if flags["PER_TOKEN"] else ()  # a gradient a row, not a sum over rows
+
+    def sums(name: str) -> Tensor | None:
+        into = getattr(d, name, None)
+        return into if into is None or name in whole else a.x.new_empty(batch, grid[0], width, dtype=torch.float32)
+
+    partial = {name: sums(name) for name in ("gate", "shift", "scale", "weight", "bias")}
+    _adaln_bwd_kernel[grid](
+        getattr(g, "h", None), g.y, a.x, getattr(a, "branch", None), getattr(a, "gate", None), a.scale, a.weight, a.bias,
+        out.stats, d.x, getattr(d, "branch", None), *partial.values(), n, _tokens(a), a.offset, CHUNK=chunk, **flags,
+        **row_options(width),
+    )  # fmt: skip
+    for name, found in partial.items():
+        if found is not None and name not in whole:
+            into = getattr(d, name)
+            add_up(found, 1 if into.ndim == 2 else (0, 1), into)

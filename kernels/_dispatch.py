@@ -30,13 +30,12 @@ from ._triton import why_no_triton
 __all__ = [
     "backend",
     "choose",
+    "fall_back",
     "forced_backend",
     "has_tangent",
-    "log_once",
     "no_autocast",
     "ordered",
     "pick",
-    "strict",
     "transformed",
     "why_missing",
     "why_not",
@@ -46,7 +45,10 @@ log = logging.getLogger("maetok_fast")
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # What a library of attention must offer, not only be called: an uninstall leaves empty folders behind.
-_PACKAGES = {"flash_attn": ("flash_attn", "flash_attn_func"), "xformers": ("xformers.ops", "memory_efficient_attention")}
+_PACKAGES = {
+    "flash_attn": ("flash_attn", "flash_attn_func"),
+    "xformers": ("xformers.ops", "memory_efficient_attention"),
+}
 _LOGGED: set[tuple[str, str]] = set()
 
 
@@ -82,11 +84,6 @@ def backend(name: str) -> Iterator[None]:
 def forced_backend() -> str | None:
     """The backend forced by `backend(...)`, or None."""
     return _State.forced
-
-
-def strict() -> bool:
-    """Whether MAETOK_FAST_STRICT forbids slower ways."""
-    return _State.strict
 
 
 def no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
@@ -144,9 +141,11 @@ def _why_no_package(name: str, device: str) -> str | None:
 why_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def log_once(op: str, reason: str) -> None:
-    """At DEBUG, each reason once in a process."""
-    if (op, reason) not in _LOGGED:
+def fall_back(op: str, reason: str) -> None:
+    """A slower way is taken: logged at DEBUG, each reason once in a process; BackendError in strict mode."""
+    if _State.strict:
+        raise BackendError(f"{op}: MAETOK_FAST_STRICT=1 and no kernel can take these inputs ({reason})")
+    if not torch.compiler.is_compiling() and (op, reason) not in _LOGGED:
         _LOGGED.add((op, reason))
         log.debug("%s: kernels not used: %s", op, reason)
 
@@ -171,12 +170,8 @@ def pick(
             return name
         if reason != EMPTY:
             reasons.append(f"{name}: {reason}")
-    if _State.strict and (reasons or not order):
-        why = "; ".join(reasons) or f"no kernels for device {device}"
-        raise BackendError(f"{op}: MAETOK_FAST_STRICT=1 and no kernel can take these inputs ({why})")
-    if not torch.compiler.is_compiling():
-        for reason in reasons:
-            log_once(op, reason)
+    if reasons or not order:
+        fall_back(op, "; ".join(reasons) or f"no kernels for device {device}")
     return "reference"
 
 

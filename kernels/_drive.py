@@ -1,8 +1,8 @@
 # Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 """A record's sample made, and its kernels run on it: for tests, benchmarks, the gate and the cost report.
 
-    make(op, sample, dtype)      the op's keyword arguments, the same values in every run
-    launch(op, backend, a)       forward and, where there is one, backward, called without dispatch and autograd
+make(op, sample, dtype)      the op's keyword arguments, the same values in every run
+launch(op, backend, a)       forward and, where there is one, backward, called without dispatch and autograd
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@
     per row      one pass: a program holds a row                            reads x once
     per tensor   partial maxima, then scale and cast; nothing synchronises   reads x twice
     per column   the same, and the tile is written transposed and padded     reads x twice
-    adaln        norm, modulation, row scale and cast of one row             reads x once, writes 1 byte an element
+
+adaln_quantize's kernel is adaln's (`_adaln_triton`), with `_scale_of` of this file at its end.
 
 A maximum is taken over the bits of |x| as integers: the order of positive floats is that of their bits, and NaN lies
 above infinity, so it wins as it does in torch.amax (a float maximum would lose it). Maxima are exact and the same for
@@ -13,14 +14,15 @@ any order of programs. `/` on a GPU is off by an ulp or two: scales go through `
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ._adaln_triton import _modulation_row
 from ._tiles import next_power_of_2, row_options
 from ._triton import tl, triton
 
-__all__ = ["adaln_quantize", "quantize_columns", "quantize_rows", "quantize_tensor", "transpose_pad"]
+__all__ = ["MIN_SCALE", "quantize", "quantize_columns", "transpose_pad"]
 
 MIN_SCALE = 2.0**-126  # the smallest normal fp32: its reciprocal is finite
 _FLAT = 2048  # elements a program takes at once where x is flat
@@ -148,113 +150,55 @@ def _transpose_pad_kernel(x_ptr, y_ptr, M, D, padded, BLOCK_M: tl.constexpr, BLO
     tl.store(out, tl.trans(x), mask=(offs_d < D)[:, None] & (offs_m < padded)[None, :])
 
 
-@triton.jit
-def _adaln_quantize_kernel(
-    x_ptr, shift_ptr, scale_ptr, weight_ptr, bias_ptr, data_ptr, row_scale_ptr, stats_ptr, N, T, eps, offset,
-    D: tl.constexpr, PAD: tl.constexpr, PER_TOKEN: tl.constexpr, TOP: tl.constexpr,
-):  # fmt: skip
-    """One program: one row. As adaln's forward up to the store; stats (B, N, 2) fp32: mean and 1 / sqrt(var + eps)."""
-    row = tl.program_id(0).to(tl.int64)
-    offs_d = tl.arange(0, PAD)
-    mask = offs_d < D
-    x = tl.load(x_ptr + row * D + offs_d, mask=mask, other=0.0).to(tl.float32)
-    mean = tl.sum(x, 0) / D
-    x = tl.where(mask, x - mean, 0.0)
-    rstd = tl.rsqrt(tl.sum(x * x, 0) / D + eps)
-    tl.store(stats_ptr + row * 2, mean)
-    tl.store(stats_ptr + row * 2 + 1, rstd)
-    y = x * rstd
-    if weight_ptr is not None:
-        y *= tl.load(weight_ptr + offs_d, mask=mask, other=0.0).to(tl.float32)
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + offs_d, mask=mask, other=0.0).to(tl.float32)
-    at, mask_t = _modulation_row(row, mask, N, T, D, PER_TOKEN)
-    if scale_ptr is not None:
-        y *= offset + tl.load(scale_ptr + at + offs_d, mask=mask_t, other=1.0 - offset).to(tl.float32)
-    if shift_ptr is not None:
-        y += tl.load(shift_ptr + at + offs_d, mask=mask_t, other=0.0).to(tl.float32)
-    found, inverse = _scale_of(tl.max(tl.where(mask, _magnitude(y), 0), 0), TOP)
-    tl.store(data_ptr + row * D + offs_d, (y * inverse).to(data_ptr.dtype.element_ty), mask=mask)
-    tl.store(row_scale_ptr + row, found)
-
-
 # ---- launchers -----------------------------------------------------------------------------------------------------
 
 
-def _range(dtype: torch.dtype) -> dict[str, float]:
-    return {"TOP": torch.finfo(dtype).max}
+def _top(data: Tensor) -> float:
+    return torch.finfo(data.dtype).max
 
 
-def quantize_rows(x: Tensor, dtype: torch.dtype, factor: Tensor | None) -> tuple[Tensor, Tensor]:
-    width = x.shape[-1]
-    data = torch.empty_like(x, dtype=dtype)
-    scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
-    _quantize_rows_kernel[(x.numel() // width,)](x, factor, data, scale, **row_options(width), **_range(dtype))
-    return data, scale
-
-
-def quantize_tensor(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    count = x.numel()
+def quantize(a: Any, out: Any) -> None:
+    """fp8_quantize: out.data and out.scale."""
+    count = a.x.numel()
+    if a.per == "row":
+        width = a.x.shape[-1]
+        _quantize_rows_kernel[(count // width,)](
+            a.x, a.factor, out.data, out.scale, TOP=_top(out.data), **row_options(width)
+        )
+        return
     blocks = -(-count // _FLAT)
     steps = -(-blocks // _MAX_PARTIALS)
     partials = -(-blocks // steps)
-    partial = x.new_empty(partials, dtype=torch.int32)
-    data = torch.empty_like(x, dtype=dtype)
-    scale = x.new_empty((), dtype=torch.float32)
-    _amax_kernel[(partials,)](x, partial, count, steps, BLOCK=_FLAT, num_warps=8)
+    partial = a.x.new_empty(partials, dtype=torch.int32)
+    _amax_kernel[(partials,)](a.x, partial, count, steps, BLOCK=_FLAT, num_warps=8)
     _quantize_tensor_kernel[(blocks,)](
-        x, partial, data, scale, count, partials,
-        BLOCK=_FLAT, PARTIALS=next_power_of_2(partials), num_warps=8, **_range(dtype),
+        a.x, partial, out.data, out.scale, count, partials,
+        BLOCK=_FLAT, PARTIALS=next_power_of_2(partials), TOP=_top(out.data), num_warps=8,
     )  # fmt: skip
-    return data, scale
 
 
-def quantize_columns(x: Tensor, dtype: torch.dtype, factor: Tensor | None, padded: int) -> tuple[Tensor, Tensor]:
-    rows, width = x.shape
+def quantize_columns(a: Any, out: Any) -> None:
+    """fp8_quantize_columns: out.data and out.scale."""
+    rows, width = a.x.shape
+    padded = out.data.shape[1]
     block_m, block_d = _TILE
     chunk = block_m * -(-rows // (block_m * _MAX_CHUNKS))
     chunks = -(-rows // chunk)
     columns = -(-width // block_d)
-    partial = x.new_empty((chunks, width), dtype=torch.int32)
-    data = x.new_empty((width, padded), dtype=dtype)
-    scale = x.new_empty((width, 1), dtype=torch.float32)
+    partial = a.x.new_empty((chunks, width), dtype=torch.int32)
     tile = {"BLOCK_M": block_m, "BLOCK_D": block_d}
-    _column_amax_kernel[(columns, chunks)](x, factor, partial, rows, width, chunk, num_warps=8, **tile)
+    _column_amax_kernel[(columns, chunks)](a.x, a.factor, partial, rows, width, chunk, num_warps=8, **tile)
     _quantize_columns_kernel[(columns, -(-padded // block_m))](
-        x, factor, partial, data, scale, rows, width, padded, chunks,
-        CHUNKS=next_power_of_2(chunks), num_warps=8, **_range(dtype), **tile,
+        a.x, a.factor, partial, out.data, out.scale, rows, width, padded, chunks,
+        CHUNKS=next_power_of_2(chunks), TOP=_top(out.data), num_warps=8, **tile,
     )  # fmt: skip
-    return data, scale
 
 
-def transpose_pad(x: Tensor, padded: int) -> Tensor:
-    rows, width = x.shape
+def transpose_pad(a: Any, out: Any) -> None:
+    """transpose_pad: out.y."""
+    rows, width = a.x.shape
+    padded = out.y.shape[1]
     block_m, block_d = _TILE
-    y = x.new_empty((width, padded))
     _transpose_pad_kernel[(-(-width // block_d), -(-padded // block_m))](
-        x, y, rows, width, padded, BLOCK_M=block_m, BLOCK_D=block_d, num_warps=4
+        a.x, out.y, rows, width, padded, BLOCK_M=block_m, BLOCK_D=block_d, num_warps=4
     )
-    return y
-
-
-def adaln_quantize(
-    x: Tensor,
-    shift: Tensor | None,
-    scale: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    offset: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, n, width = x.shape
-    like = scale if scale is not None else shift
-    per_token = like is not None and like.ndim == 3
-    tokens = 0 if like is None else like.shape[1] if per_token else 1
-    data = torch.empty_like(x, dtype=torch.float8_e4m3fn)
-    row_scale = x.new_empty((batch, n, 1), dtype=torch.float32)
-    stats = x.new_empty((batch, n, 2), dtype=torch.float32)
-    _adaln_quantize_kernel[(batch * n,)](
-        x, shift, scale, weight, bias, data, row_scale, stats, n, tokens, eps, offset,
-        PER_TOKEN=per_token, **row_options(width), **_range(torch.float8_e4m3fn),
-    )  # fmt: skip
-    return data, row_scale, stats

@@ -5,8 +5,9 @@
            "gate_residual_bwd d_y gate branch d_branch d_gate kind", kind=lambda a: a.gate.ndim - 1)
 
 Each word names an argument, an output or saved tensor of the record, d_<output> its gradient, d_<argument> the gradient
-to fill (None where nobody wants it), or a value given as a keyword, which is computed from the arguments. `twins` is for
-functions that exist for both processors, with the same arguments: <name> in csrc/cpu, <name>_cuda in csrc/cuda.
+to fill (None where nobody wants it), or a value given as a keyword, which is computed from the arguments; from the
+gradients to fill, where its name starts with d_. `twins` is for functions that exist for both processors, with the same
+arguments: <name> in csrc/cpu, <name>_cuda in csrc/cuda.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ class _Call:
         sources = (a, out, g, d)
         if self.places is None:
             self.places = [self._place(word, sources) for word in self.words]
-        given = [at(a) if source < 0 else sources[source][at] for source, at in self.places]
+        given = [at(sources[source]) if callable(at) else sources[source][at] for source, at in self.places]
         getattr(self.library(), self.function)(*(int(v) if v is True or v is False else v for v in given))
 
     def _place(self, word: str, sources: tuple[Any, ...]) -> tuple[int, Any]:
-        """(index of the source, position in it), (-1, function of the arguments) for a value."""
-        if word in self.values:
-            return -1, self.values[word]
+        """(index of the source, position in it or function of it)."""
         gradient = word.startswith("d_")
+        if word in self.values:
+            return (3 if gradient else 0), self.values[word]
         name = word[2:] if gradient else word
         for i in (2, 3) if gradient else (0, 1):
             fields = getattr(sources[i], "_fields", ())

@@ -57,15 +57,19 @@ class Op(Record[P, R]):
         self._forward_op, self._eager = register(self)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        a = self.bind(args, kwargs)
-        self.check_shapes(a)
-        self.check(a)
-        a = self.coerce(a)
+        a = self.arguments(*args, **kwargs)
         if self.differentiable:
             return self._compute(a)
         # a constant of every kind of differentiation
         with torch.no_grad(), _no_tangents():
             return self._compute(a)
+
+    def arguments(self, *args: P.args, **kwargs: P.kwargs) -> Any:
+        """A call's arguments as a backend gets them: bound, checked, and in the dtypes of the op's rule."""
+        a = self.bind(args, kwargs)
+        self.check_shapes(a)
+        self.check(a)
+        return self.coerce(a)
 
     def _compute(self, a: Any) -> R:
         chosen = choose(self, a)
@@ -137,7 +141,7 @@ class Op(Record[P, R]):
 
     def choose(self, *args: P.args, **kwargs: P.kwargs) -> str:
         """The name of the backend that would compute this call."""
-        return choose(self, self.coerce(self.bind(args, kwargs)))
+        return choose(self, self.arguments(*args, **kwargs))
 
     def usable(self, device: str) -> list[tuple[str, str | None]]:
         """(name, why it is missing on this machine or None) of each backend for `device`, the preferred one first;
@@ -147,7 +151,7 @@ class Op(Record[P, R]):
     def reason(self, *args: P.args, **kwargs: P.kwargs) -> dict[str, str | None]:
         """Why each backend of the inputs' device would not take these arguments (None: it would), in the order in which
         they are asked: the first with None computes the call."""
-        a = self.coerce(self.bind(args, kwargs))
+        a = self.arguments(*args, **kwargs)
         return {b.name: why_not(self, b.name, a) for b in ordered(self, a[0].device.type, a)}
 
     def __copy__(self) -> Op[P, R]:

@@ -74,9 +74,7 @@ class Sample:
 
 def drawn(label: str, real: bool = False, **inputs: Any) -> Sample:
     """A `Sample` of standard normal tensors: a tuple is the shape of one, anything else is handed on as it is."""
-    return Sample(
-        label, lambda randn: {k: randn(*v) if isinstance(v, tuple) else v for k, v in inputs.items()}, real
-    )
+    return Sample(label, lambda randn: {k: randn(*v) if isinstance(v, tuple) else v for k, v in inputs.items()}, real)
 
 
 @dataclass(frozen=True)
@@ -160,10 +158,16 @@ class Record(Generic[P, R]):
         params = self.signature.parameters.values()
         self.names = tuple(self.signature.parameters)
         results = (*self.outputs, *self.saved)
-        wrong = [n for n in (*self.roles, *self.shapes, *self.written, self.residual) if n is not None and n not in self.names]
+        wrong = [
+            n
+            for n in (*self.roles, *self.shapes, *self.written, self.residual)
+            if n is not None and n not in self.names
+        ]
         wrong += [n for n in results if n in self.names]
         if wrong or not set(self.detached) <= set(self.outputs):
-            raise ValueError(f"op {self.name!r}: the names {wrong or self.detached} do not fit its arguments and outputs")
+            raise ValueError(
+                f"op {self.name!r}: the names {wrong or self.detached} do not fit its arguments and outputs"
+            )
         for p in params:
             if str(p.annotation) not in _KINDS:
                 raise TypeError(

@@ -251,8 +251,8 @@ def register(record: Record[..., Any]) -> tuple[Callable[..., Any], Callable[...
 
 
 def _answer_tangents(forward_op: Any, record: Record[..., Any], shaped: Callable[..., Any]) -> None:
-    """Puts the reference before the op's autograd kernel, under torch.func and where an argument carries a tangent. What
-    a backend would have saved is left empty: the reference's own graph does the backward."""
+    """Puts the reference before the op's autograd kernel, under torch.func and where an argument has a tangent. What a
+    backend would have saved is left empty: the reference's own graph does the backward."""
     usual = make_autograd_impl(forward_op._opoverload, forward_op)
 
     def autograd(keyset: Any, name: str, *args: Any) -> Any:

@@ -12,17 +12,18 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._record import Backend
 from ._rope_rows_triton import RowCall
 from ._triton import why_no_triton
 
-__all__ = ["ATTENTIONS", "library_backward", "library_forward"]
+__all__ = ["ATTENTIONS", "library"]
 
 
 def _flash_attn(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -63,62 +64,52 @@ def _in_triton(call: RowCall) -> bool:
     return why_no_triton(call.qkv.device.type) is None
 
 
-def library_forward(name: str, prepared: Prepared) -> Callable[..., tuple[Tensor, ...]]:
-    """The forward of backend `name`; `prepared(qkv, rope, ..., eps, index)` is the reference's q and k, all rows."""
+def library(name: str, prepared: Prepared, why_not: Callable[[Any], str | None]) -> Backend:
+    """The backend `name`; `prepared(a)` is the reference's q and k, all rows."""
+    attention = ATTENTIONS[name]
 
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        call = RowCall(args)
+    def forward(a: Any, out: None) -> tuple[Tensor, Tensor]:
+        call = RowCall(a)
         q, k, v = call.x
         if call.rowwise or call.rope is not None:
             if _in_triton(call):
                 q, k = call.prepare()
             else:
-                q, k = prepared(*args[:9], args[11])
+                q, k = prepared(a)
                 q = q[:, call.first : call.first + call.count]
-        out = ATTENTIONS[name](q, k, v, call.head_dim**-0.5)
-        out = torch.ops.aten._unsafe_view(out.contiguous(), [call.batch, call.count, call.heads * call.head_dim])
-        return out, out.new_empty(0, dtype=torch.float32)
+        y = attention(q, k, v, call.head_dim**-0.5)
+        y = torch.ops.aten._unsafe_view(y.contiguous(), [call.batch, call.count, call.heads * call.head_dim])
+        return y, y.new_empty(0, dtype=torch.float32)
 
-    return forward
-
-
-def library_backward(name: str, prepared: Prepared) -> Callable[..., Sequence[Tensor | None]]:
-    """The backward of backend `name`."""
-
-    def backward(
-        grad: Tensor, saved: Sequence[Tensor], args: tuple[Any, ...], needs: Sequence[bool]
-    ) -> Sequence[Tensor | None]:
-        call = RowCall(args)
-        grad = grad.view(call.batch, call.count, call.heads, call.head_dim)
+    def backward(a: Any, out: Any, g: Any, d: Any) -> None:
+        call = RowCall(a)
+        grad = g.y.view(call.batch, call.count, call.heads, call.head_dim)
         scale = call.head_dim**-0.5
         rows = call.rowwise or call.rope is not None
         if rows and not _in_triton(call):
             with _recording():
-                leaves = [
-                    a.detach().requires_grad_(n) if isinstance(a, Tensor) and n else a for a, n in zip(args, needs)
-                ]
-                q, k = prepared(*leaves[:9], leaves[11])
-                q = q[:, call.first : call.first + call.count]
-                out = ATTENTIONS[name](q, k, leaves[0][:, :, 2], scale)
-                found = iter(torch.autograd.grad(out, [a for a, n in zip(leaves, needs) if n], grad, allow_unused=True))
-            return [next(found) if n else None for n in needs]
+                leaves = a._make(v if into is None else v.detach().requires_grad_() for v, into in zip(a, d))
+                q, k = prepared(leaves)
+                y = attention(q[:, call.first : call.first + call.count], k, leaves.qkv[:, :, 2], scale)
+                wanted = [(v, into) for v, into in zip(leaves, d) if into is not None]
+                found = torch.autograd.grad(y, [v for v, _ in wanted], grad)
+            for (_, into), gradient in zip(wanted, found):
+                into.copy_(gradient)
+            return
         q, k = call.prepare() if rows else call.x[:2]
         with _recording():
             q, k, v = (x.detach().requires_grad_() for x in (q, k, call.x[2]))
-            out = ATTENTIONS[name](q, k, v, scale)
-            dq, dk, dv = torch.autograd.grad(out, (q, k, v), grad)
-        dqkv = call.empty_grad()
-        to_q, to_k, to_v = call.sliced(dqkv)
+            y = attention(q, k, v, scale)
+            dq, dk, dv = torch.autograd.grad(y, (q, k, v), grad)
+        call.zero_absent(d.qkv)
+        to_q, to_k, to_v = call.sliced(d.qkv)
         to_v.copy_(dv)
-        grads: list[Tensor | None] = [dqkv] + [None] * (len(args) - 1)
         if rows:
             dq, dk = dq.contiguous(), dk.contiguous()
-            if needs[1] and call.rope is not None:
-                grads[1] = call.table_grad(dq, dk)
-            call.finish(dq, dk, dqkv, grads)
+            call.table_grad(dq, dk, d.rope)
+            call.finish(dq, dk, d)
         else:
             to_q.copy_(dq)
             to_k.copy_(dk)
-        return grads
 
-    return backward
+    return Backend(name, forward, backward, why_not, allocates=True)

@@ -14,7 +14,6 @@ Softmax runs in base 2 with the scale folded in; log-sum-exp is stored in base e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -268,46 +267,37 @@ def _operands(call: RowCall) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def triton_forward(*args: Any) -> tuple[Tensor, ...]:
-    """(out (B, Nq, heads * head_dim), lse (B, heads, Nq) fp32)."""
-    call = RowCall(args)
+def triton_forward(a: Any, out: Any) -> None:
+    """Fills out.y (B, Nq, heads * head_dim) and out.lse (B, heads, Nq) fp32."""
+    call = RowCall(a)
     q, k, v = _operands(call)
-    out = call.qkv.new_empty(call.batch, call.count, call.heads * call.head_dim)
-    lse = call.qkv.new_empty(call.batch, call.heads, call.count, dtype=torch.float32)
     options = _constants(call, "fwd")
     grid = (-(-call.count // options["BLOCK_M"]), call.heads, call.batch)
     _rope_attention_fwd_kernel[grid](
-        q, k, v, call.table(), out, lse, *strides(q), *strides(k), *strides(v), *_sizes(call), **options
+        q, k, v, call.table(), out.y, out.lse, *strides(q), *strides(k), *strides(v), *_sizes(call), **options
     )
-    return out, lse
 
 
-def triton_backward(
-    grad: Tensor, saved: Sequence[Tensor], args: tuple[Any, ...], needs: Sequence[bool]
-) -> Sequence[Tensor | None]:
+def triton_backward(a: Any, out: Any, g: Any, d: Any) -> None:
     """Gradients of qkv, rope and the four norm weights. Absent queries cost nothing but zeros."""
-    call = RowCall(args)
+    call = RowCall(a)
     q, k, v = _operands(call)
-    out, lse = saved
-    dqkv = call.empty_grad()
-    dq, dk, dv = dqkv.unbind(2)
+    call.zero_absent(d.qkv)
+    dq, dk, dv = d.qkv.unbind(2)
     if call.rowwise:
         dq, dk = torch.empty_like(q), torch.empty_like(k)
-    delta = torch.empty_like(lse)
+    delta = torch.empty_like(out.lse)
     where = (*strides(q), *strides(k), *strides(v))
     options = _constants(call, "dq")
     _rope_attention_bwd_dq_kernel[(-(-call.count // options["BLOCK_M"]), call.heads, call.batch)](
-        q, k, v, call.table(), out, grad, lse, delta, dq, *where, *strides(dq), *_sizes(call), **options
+        q, k, v, call.table(), out.y, g.y, out.lse, delta, dq, *where, *strides(dq), *_sizes(call), **options
     )
     options = _constants(call, "dkdv")
     _rope_attention_bwd_dkdv_kernel[(-(-call.n // options["BLOCK_N"]), call.heads, call.batch)](
-        q, k, v, call.table(), grad, lse, delta, dk, dv, *where, *strides(dk), *strides(dv), *_sizes(call), **options
+        q, k, v, call.table(), g.y, out.lse, delta, dk, dv, *where, *strides(dk), *strides(dv), *_sizes(call), **options
     )
-    if not call.rowwise:
-        dq = call.sliced(dqkv)[0]
-    grads: list[Tensor | None] = [dqkv] + [None] * (len(args) - 1)
-    if needs[1] and call.rope is not None:
-        grads[1] = call.table_grad(dq, dk, unrotated=not call.rowwise)
     if call.rowwise:
-        call.finish(dq, dk, dqkv, grads)
-    return grads
+        call.table_grad(dq, dk, d.rope)
+        call.finish(dq, dk, d)
+    else:
+        call.table_grad(call.sliced(d.qkv)[0], dk, d.rope, unrotated=True)

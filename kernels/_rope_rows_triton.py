@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ._tiles import next_power_of_2
-from ._triton import tl, triton
+from ._triton import add_up, tl, triton
 
 __all__ = ["RowCall", "strides"]
 
@@ -303,20 +303,20 @@ def strides(x: Tensor) -> tuple[int, int]:
 class RowCall:
     """One call's sizes, strides and views: q holds the asked queries only."""
 
-    def __init__(self, args: tuple[Any, ...]) -> None:
-        qkv, rope, self.qw, self.qb, self.kw, self.kb, self.prefix, norm, self.eps, first, count, index = args
-        self.qkv, self.rope, self.index = qkv, rope, index
-        self.batch, self.n, _, self.heads, self.head_dim = qkv.shape
-        self.norm = _NORMS[norm]
-        self.first = first
-        self.count = self.n - first if count is None else count
-        self.table_rows = 0 if rope is None else rope.shape[2]
-        self.rotated = self.table_rows if index is None else index.shape[1]
-        shared = rope is None or rope.shape[1] == 1
-        self.rope_strides = (0, 0) if rope is None else (rope.stride(0), 0 if shared else rope.stride(1))
+    def __init__(self, a: Any) -> None:
+        self.qw, self.qb, self.kw, self.kb = a.q_weight, a.q_bias, a.k_weight, a.k_bias
+        self.qkv, self.rope, self.index, self.prefix, self.eps = a.qkv, a.rope, a.index, a.prefix, a.eps
+        self.batch, self.n, _, self.heads, self.head_dim = a.qkv.shape
+        self.norm = _NORMS[a.qk_norm]
+        self.first = a.first_query
+        self.count = self.n - self.first if a.num_queries is None else a.num_queries
+        self.table_rows = 0 if a.rope is None else a.rope.shape[2]
+        self.rotated = self.table_rows if a.index is None else a.index.shape[1]
+        shared = a.rope is None or a.rope.shape[1] == 1
+        self.rope_strides = (0, 0) if a.rope is None else (a.rope.stride(0), 0 if shared else a.rope.stride(1))
         self.pad = next_power_of_2(self.head_dim)
-        self.rowwise = self.norm != 0 or index is not None
-        self.x = self.sliced(qkv)
+        self.rowwise = self.norm != 0 or a.index is not None
+        self.x = self.sliced(a.qkv)
 
     def sliced(self, packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q (asked queries), k, v of a packed (B, N, 3, heads, head_dim)."""
@@ -351,33 +351,34 @@ class RowCall:
             made.append(y)
         return made[0], made[1]
 
-    def empty_grad(self) -> Tensor:
-        """Room for qkv's gradient; absent queries have theirs already, zero."""
-        dqkv = torch.empty(self.qkv.shape, dtype=self.qkv.dtype, device=self.qkv.device)
+    def zero_absent(self, dqkv: Tensor) -> None:
+        """Gives the queries that were not asked for their gradient."""
         for start, stop in ((0, self.first), (self.first + self.count, self.n)):
             if start < stop:
                 dqkv[:, start:stop, 0].zero_()
-        return dqkv
 
-    def finish(self, dq: Tensor, dk: Tensor, dqkv: Tensor, grads: list[Tensor | None]) -> None:
-        """Gradients of what `prepare` made -> dqkv's q and k, and the norm weights' into grads[2:6] (fixed order)."""
-        for at, (dy, dx, weight) in enumerate(zip((dq, dk), self.sliced(dqkv), (self.qw, self.kw))):
+    def finish(self, dq: Tensor, dk: Tensor, d: Any) -> None:
+        """Gradients of what `prepare` made -> d.qkv's q and k, and the norm weights' (in a fixed order)."""
+        into = ((d.q_weight, d.q_bias), (d.k_weight, d.k_bias))
+        for at, (dy, dx, weight) in enumerate(zip((dq, dk), self.sliced(d.qkv), (self.qw, self.kw))):
             x = self.x[at]
             grid = self._grid(x)
             programs = grid[0] * grid[1] * grid[2] if self.norm else 1
-            sums = dqkv.new_empty(2, programs, self.head_dim, dtype=torch.float32)
+            sums = x.new_empty(2, programs, self.head_dim, dtype=torch.float32)
             _qk_finish_kernel[grid](
                 x, self.table(), self.index, weight, dy, dx, sums[0], sums[1],
                 *strides(x), *strides(dy), *strides(dx), *self._sizes(at), **self._constants(),
             )  # fmt: skip
-            if self.norm:
-                grads[2 + 2 * at], grads[3 + 2 * at] = sums[0].sum(0), sums[1].sum(0)
+            for partial, gradient in zip(sums, into[at]):
+                add_up(partial, 0, gradient)
 
-    def table_grad(self, dq: Tensor, dk: Tensor, unrotated: bool = False) -> Tensor:
-        """From the gradients of the prepared q and k or (without norm and index) from those of q and k themselves."""
-        assert self.rope is not None
+    def table_grad(self, dq: Tensor, dk: Tensor, into: Tensor | None, unrotated: bool = False) -> None:
+        """The table's, from the gradients of the prepared q and k or (without norm and index) from those of q and k."""
+        if into is None:
+            return
         q, k, _ = self.x
-        drope = self.rope.new_empty(2, self.heads, self.table_rows, self.head_dim // 2)
+        shared = into.shape[1] != self.heads
+        drope = into.new_empty(2, self.heads, self.table_rows, self.head_dim // 2) if shared else into
         weights = (self.qw, self.qb, self.kw, self.kb, drope)
         where = (*strides(q), *strides(dq), *strides(dk))
         sizes = (self.first, self.count, self.prefix, self.rotated, self.eps)
@@ -394,4 +395,5 @@ class RowCall:
             _rope_attention_bwd_drope_index_kernel[(self.table_rows, self.heads)](
                 q, k, dq, dk, order, starts, *weights, *where, *sizes, **constants
             )
-        return drope if self.rope.shape[1] == self.heads else drope.sum(1, keepdim=True)
+        if shared:
+            add_up(drope, 1, into[:, 0])

@@ -22,21 +22,24 @@ leaves in fp32. shift, scale, gate and branch are read, and their gradients writ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _adaln_triton, _native
-from ._op import EMPTY, TOKEN_SHAPES, Backend, Cost, Op, Sample
-from ._tiles import MAX_ROW
+from . import _adaln_triton
+from ._native_call import native
+from ._op import Op
+from ._record import TOKEN_SHAPES, Backend, Sample
+from ._tiles import over_grid, over_row
 from .gate_residual import gate_residual_ref
 
-__all__ = ["adaln", "adaln_ref", "residual_adaln", "residual_adaln_ref"]
+__all__ = ["SHAPES", "adaln", "adaln_ref", "check_norm", "norm_sample", "residual_adaln", "residual_adaln_ref"]
 
 _DTYPES = ("", "float32", "bfloat16", "float16")
+SHAPES = {"x": "B N D", "shift": "B D | B T D", "scale": "B D | B T D", "weight": "D", "bias": "D"}
 
 
 # ---- reference -----------------------------------------------------------------------------------------------------
@@ -106,182 +109,23 @@ def residual_adaln_ref(
     return h, adaln_ref(h, shift, scale, weight, bias, eps, offset, out_dtype, norm)
 
 
-# ---- launchers (Triton: _adaln_triton.py) --------------------------------------------------------------------------
+# ---- checks and samples --------------------------------------------------------------------------------------------
 
 
-def _dtype(out_dtype: str, x: Tensor) -> torch.dtype:
-    return getattr(torch, out_dtype) if out_dtype else x.dtype
+def check_norm(op: str, a: Any) -> None:
+    """What the shapes alone do not say of the arguments that adaln, residual_adaln and adaln_quantize share."""
+    if getattr(a, "out_dtype", "") not in _DTYPES:
+        raise ValueError(f"{op}: out_dtype must be one of {', '.join(map(repr, _DTYPES))}, got {a.out_dtype!r}")
+    if a.norm not in ("layer", "rms"):
+        raise ValueError(f"{op}: norm must be 'layer' or 'rms', got {a.norm!r}")
+    if a.shift is not None and a.scale is not None and a.shift.shape != a.scale.shape:
+        raise ValueError(f"{op}: shift {tuple(a.shift.shape)} and scale {tuple(a.scale.shape)} must have one shape")
+    for name, m in (("shift", a.shift), ("scale", a.scale)):
+        if m is not None and m.ndim == 3 and m.shape[1] > a.x.shape[1]:
+            raise ValueError(f"{op}: {name} must have at most the {a.x.shape[1]} tokens of x, got {tuple(m.shape)}")
 
 
-def _with_tokens(m: Tensor | None) -> Tensor | None:
-    """(B, D) -> (B, 1, D), what the native library takes; (B, T, D) as it is."""
-    return m.unsqueeze(1) if m is not None and m.ndim == 2 else m
-
-
-def _per_sample(shift: Tensor | None, scale: Tensor | None) -> int:
-    return int(all(m is None or m.ndim == 2 for m in (shift, scale)))
-
-
-def _triton_forward(*args: Any) -> tuple[Tensor, ...]:
-    x, shift, scale, weight, bias, eps, offset, out_dtype, norm = args
-    dtype = _dtype(out_dtype, x)
-    _h, y, stats = _adaln_triton.forward(x, None, None, shift, scale, weight, bias, eps, offset, dtype, norm == "rms")
-    return y, stats
-
-
-def _triton_backward(
-    dy: Tensor, saved: Sequence[Tensor], args: tuple[Any, ...], needs: Sequence[bool]
-) -> Sequence[Tensor | None]:
-    x, shift, scale, weight, bias, _eps, offset, _out_dtype, norm = args
-    wanted = (needs[0], False, False, *needs[1:5])
-    grads = _adaln_triton.backward(
-        None, dy, saved[0], x, None, None, shift, scale, weight, bias, offset, norm == "rms", wanted
-    )
-    return [grads[0], *grads[3:], None, None, None, None]
-
-
-def _residual_triton_forward(*args: Any) -> tuple[Tensor, ...]:
-    rest: tuple[Any, ...] = (*args[:9], _dtype(args[9], args[0]), args[10] == "rms")
-    h, y, stats = _adaln_triton.forward(*rest)
-    assert h is not None
-    return h, y, stats
-
-
-def _residual_triton_backward(
-    grads: tuple[Tensor, Tensor], saved: Sequence[Tensor], args: tuple[Any, ...], needs: Sequence[bool]
-) -> Sequence[Tensor | None]:
-    rest: tuple[Any, ...] = (*saved[:1], *args[:7], args[8], args[10] == "rms", tuple(needs[:7]))
-    found = _adaln_triton.backward(*grads, *rest)
-    return [*found, None, None, None, None]
-
-
-def _native_forward(*args: Any) -> tuple[Tensor, ...]:
-    x, shift, scale, weight, bias, eps, offset, out_dtype, norm = args
-    y = torch.empty_like(x, dtype=_dtype(out_dtype, x))
-    stats = x.new_empty(x.shape[0] * x.shape[1], 2, dtype=torch.float32)
-    modulation = _with_tokens(shift), _with_tokens(scale)
-    per_sample = _per_sample(shift, scale)
-    _native.lib().adaln_fwd(x, *modulation, weight, bias, y, stats, eps, offset, per_sample, int(norm == "rms"))
-    return y, stats
-
-
-def _empty(t: Tensor | None, wanted: bool) -> Tensor | None:
-    return torch.empty_like(t) if t is not None and wanted else None
-
-
-def _native_backward(
-    dy: Tensor, saved: Sequence[Tensor], args: tuple[Any, ...], needs: Sequence[bool]
-) -> Sequence[Tensor | None]:
-    x, shift, scale, weight, bias, _eps, offset, _out_dtype, norm = args
-    dx, *rest = (_empty(t, n or i == 0) for i, (t, n) in enumerate(zip(args[:5], needs)))
-    into = _with_tokens(rest[0]), _with_tokens(rest[1]), *rest[2:]
-    _native.lib().adaln_bwd(
-        dy, x, _with_tokens(scale), weight, bias, saved[0], dx, *into, offset, _per_sample(shift, scale),
-        int(norm == "rms"),
-    )  # fmt: skip
-    return [dx, *rest, None, None, None, None]
-
-
-def _residual_native_forward(*args: Any) -> tuple[Tensor, ...]:
-    x, branch, gate, shift, scale, weight, bias, eps, offset, out_dtype, norm = args
-    h, y = torch.empty_like(x), torch.empty_like(x, dtype=_dtype(out_dtype, x))
-    stats = x.new_empty(x.shape[0] * x.shape[1], 2, dtype=torch.float32)
-    _native.lib().residual_adaln_fwd(
-        x, branch, gate, _with_tokens(shift), _with_tokens(scale), weight, bias, h, y, stats, eps, offset,
-        _per_sample(shift, scale), int(norm == "rms"),
-    )  # fmt: skip
-    return h, y, stats
-
-
-def _residual_native_backward(
-    grads: tuple[Tensor, Tensor], saved: Sequence[Tensor], args: tuple[Any, ...], needs: Sequence[bool]
-) -> Sequence[Tensor | None]:
-    x, branch, gate, shift, scale, weight, bias, _eps, offset, _out_dtype, norm = args
-    dx, dbranch, dgate, *rest = (_empty(t, n or i == 0) for i, (t, n) in enumerate(zip(args[:7], needs)))
-    into = _with_tokens(rest[0]), _with_tokens(rest[1]), *rest[2:]
-    _native.lib().residual_adaln_bwd(
-        *grads, x, branch, gate, _with_tokens(scale), weight, bias, saved[0], dx, dbranch, dgate, *into, offset,
-        _per_sample(shift, scale), int(norm == "rms"),
-    )  # fmt: skip
-    return [dx, dbranch, dgate, *rest, None, None, None, None]
-
-
-# ---- records -------------------------------------------------------------------------------------------------------
-
-
-def _check_norm(
-    op: str,
-    x: Tensor,
-    shift: Tensor | None,
-    scale: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    offset: float,
-    out_dtype: str,
-    norm: str,
-) -> None:
-    if out_dtype not in _DTYPES:
-        raise ValueError(f"{op}: out_dtype must be one of {', '.join(map(repr, _DTYPES))}, got {out_dtype!r}")
-    if norm not in ("layer", "rms"):
-        raise ValueError(f"{op}: norm must be 'layer' or 'rms', got {norm!r}")
-    if x.ndim != 3:
-        raise ValueError(f"{op}: x must be (B, N, D), got {tuple(x.shape)}")
-    batch, n, width = x.shape
-    for name, m in (("shift", shift), ("scale", scale)):
-        if m is None:
-            continue
-        per_token = m.ndim == 3 and m.shape[0] == batch and m.shape[1] <= n and m.shape[2] == width
-        if not (per_token or tuple(m.shape) == (batch, width)):
-            raise ValueError(
-                f"{op}: {name} must be ({batch}, {width}) or ({batch}, T <= {n}, {width}) for x {tuple(x.shape)}, "
-                f"got {tuple(m.shape)}"
-            )
-    if shift is not None and scale is not None and shift.shape != scale.shape:
-        raise ValueError(f"{op}: shift {tuple(shift.shape)} and scale {tuple(scale.shape)} must have one shape")
-    for name, w in (("weight", weight), ("bias", bias)):
-        if w is not None and tuple(w.shape) != (width,):
-            raise ValueError(f"{op}: {name} must be ({width},) for x {tuple(x.shape)}, got {tuple(w.shape)}")
-
-
-def _check(x: Tensor, *rest: Any) -> None:
-    _check_norm("adaln", x, *rest)
-
-
-def _residual_check(x: Tensor, branch: Tensor, gate: Tensor | None, *rest: Any) -> None:
-    _check_norm("residual_adaln", x, *rest)
-    if x.shape != branch.shape:
-        raise ValueError(
-            f"residual_adaln: x and branch must have one shape, got {tuple(x.shape)} and {tuple(branch.shape)}"
-        )
-    batch, _n, width = x.shape
-    # by rank: comparing sizes of different meaning would tie a symbolic batch to the width
-    fits = gate is None or (gate.ndim in (1, 2) and tuple(gate.shape) == ((width,), (batch, width))[gate.ndim - 1])
-    if gate is not None and not fits:
-        raise ValueError(f"residual_adaln: gate must be ({width},) or ({batch}, {width}), got {tuple(gate.shape)}")
-
-
-def _unsupported(backend: str, x: Tensor, *rest: Any) -> str | None:
-    if x.numel() == 0:
-        return EMPTY
-    if backend == "triton" and x.shape[2] > MAX_ROW:
-        return f"D = {x.shape[2]}: a program holds one row, at most {MAX_ROW} elements"
-    if backend == "triton" and x.shape[0] > 65535:
-        return f"a batch of {x.shape[0]} exceeds a CUDA grid's second dimension"
-    return None
-
-
-def _fake(name: str, *args: Any) -> tuple[Tensor, ...]:
-    x, out_dtype = args[0], args[-2]
-    y = torch.empty_like(x, dtype=_dtype(out_dtype, x), memory_format=torch.contiguous_format)
-    return y, x.new_empty(x.shape[0] * x.shape[1], 2, dtype=torch.float32)
-
-
-def _residual_fake(name: str, *args: Any) -> tuple[Tensor, ...]:
-    return torch.empty_like(args[0], memory_format=torch.contiguous_format), *_fake(name, *args)
-
-
-def _case(
+def norm_sample(
     label: str,
     shape: tuple[int, int, int],
     tokens: int | None,
@@ -313,76 +157,109 @@ def _case(
     return Sample(label, make, real)
 
 
-def _samples() -> Iterable[Sample]:
-    yield _case("DiT: per image", (3, 7, 48), 0, False)
-    yield _case("plain norm, affine", (2, 5, 33), None, True)
-    yield _case("LightningDiT: RMSNorm, per image", (2, 5, 33), 0, True, norm="rms")
-    yield _case("MoVQ: last tokens, plain scale", (2, 9, 64), 4, False, offset=0.0)
-    yield _case("per token, all tokens, affine", (2, 6, 20), 6, True)
-    yield _case("one row", (1, 1, 8), 0, True)
-    yield _case("more rows than one chunk", (2, 21, 16), 0, True)
-    for batch, n, width, label in TOKEN_SHAPES:
-        yield _case(label, (batch, n, width), 0 if width == 1152 else None, width == 768, real=True)
-    yield _case("MAETok-B decoder 256 px", (4, 384, 768), 128, False, offset=0.0, real=True)
-    yield _case("LightningDiT-XL", (4, 256, 1152), 0, True, norm="rms", real=True)
+# ---- records (Triton: _adaln_triton.py) ----------------------------------------------------------------------------
 
 
-def _residual_samples() -> Iterable[Sample]:
-    yield _case("DiT: per image", (3, 7, 48), 0, False, gate=2, residual=True)
-    yield _case("LayerScale, affine", (2, 5, 33), None, True, gate=1, residual=True)
-    yield _case("MoVQ: no gate, last tokens", (2, 9, 20), 4, False, offset=0.0, residual=True)
-    yield _case("RMSNorm, one row", (1, 1, 8), 0, True, norm="rms", gate=2, residual=True)
-    yield _case("more rows than one chunk", (2, 21, 16), 0, True, gate=1, residual=True)
-    for batch, n, width, label in TOKEN_SHAPES:
-        dit = width == 1152
-        shape = (batch, n, width)
-        yield _case(label, shape, 0 if dit else None, not dit, gate=2 if dit else 1, residual=True, real=True)
-    yield _case("MAETok-B decoder 256 px", (4, 384, 768), 128, False, offset=0.0, residual=True, real=True)
-    yield _case("LightningDiT-XL", (4, 256, 1152), 0, True, norm="rms", gate=2, residual=True, real=True)
+def _out(a, backend):
+    y = torch.empty_like(a.x, dtype=getattr(torch, a.out_dtype or str(a.x.dtype)[6:]), memory_format=_DENSE)
+    return y, a.x.new_empty(a.x.shape[0] * a.x.shape[1], 2, dtype=torch.float32)
 
 
-def _bytes(*tensors: Any) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+def _with_tokens(m: Tensor | None) -> Tensor | None:
+    """(B, D) -> (B, 1, D), what the native library takes; (B, T, D) as it is."""
+    return m.unsqueeze(1) if m is not None and m.ndim == 2 else m
 
 
-def _cost(x: Tensor, *rest: Any, out_dtype: str = "", **named: Any) -> Cost:
-    names = [r for r in rest if isinstance(r, str)] + [out_dtype]
-    y = x.numel() * _dtype(next((n for n in names if n in _DTYPES and n), ""), x).itemsize
-    return Cost(8 * x.numel(), _bytes(x, *rest, *named.values()) + y, 1)
-
-
-def _residual_cost(x: Tensor, *rest: Any, **named: Any) -> Cost:
-    cost = _cost(x, *rest, **named)
-    return Cost(cost.flops + 2 * x.numel(), cost.bytes + _bytes(x), 1)
-
+_DENSE = torch.contiguous_format
+_NATIVE: dict[str, Callable[[Any], Any]] = {
+    "shifts": lambda a: _with_tokens(a.shift),
+    "scales": lambda a: _with_tokens(a.scale),
+    "d_shifts": lambda d: _with_tokens(d.shift),
+    "d_scales": lambda d: _with_tokens(d.scale),
+    "per_image": lambda a: int(all(m is None or m.ndim == 2 for m in (a.shift, a.scale))),
+    "rms": lambda a: int(a.norm == "rms"),
+}
+_TRITON = Backend(
+    "triton",
+    _adaln_triton.forward,
+    _adaln_triton.backward,
+    lambda a: over_row(a.x.shape[2]) or over_grid(batch=a.x.shape[0]),
+)
 
 adaln = Op(
     "adaln",
     ref=adaln_ref,
-    cpu=(Backend("native", _native_forward, _native_backward, library="native"),),
-    cuda=(Backend("triton", _triton_forward, _triton_backward, library="triton"),),
-    fake=_fake,
-    saved=1,
-    check=_check,
-    unsupported=_unsupported,
-    samples=_samples,
-    cost=_cost,
-    fp32=frozenset({"weight", "bias"}),
-    uncast=frozenset({"shift", "scale"}),
+    shapes=SHAPES,
+    check=lambda a: check_norm("adaln", a),
+    roles={"weight": "fp32", "bias": "fp32", "shift": "as given", "scale": "as given"},
+    out=_out,
+    saved=("stats",),
+    written=("x",),
+    cpu=[
+        native(
+            "adaln_fwd x shifts scales weight bias y stats eps offset per_image rms",
+            "adaln_bwd d_y x scales weight bias stats d_x d_shifts d_scales d_weight d_bias offset per_image rms",
+            **_NATIVE,
+        )
+    ],
+    cuda=[_TRITON],
+    samples=[
+        norm_sample("DiT: per image", (3, 7, 48), 0, False),
+        norm_sample("plain norm, affine", (2, 5, 33), None, True),
+        norm_sample("LightningDiT: RMSNorm, per image", (2, 5, 33), 0, True, norm="rms"),
+        norm_sample("MoVQ: last tokens, plain scale", (2, 9, 64), 4, False, offset=0.0),
+        norm_sample("per token, all tokens, affine", (2, 6, 20), 6, True),
+        norm_sample("one row", (1, 1, 8), 0, True),
+        norm_sample("more rows than one chunk", (2, 21, 16), 0, True),
+        *(
+            norm_sample(label, (b, n, d), 0 if d == 1152 else None, d == 768, real=True)
+            for b, n, d, label in TOKEN_SHAPES
+        ),
+        norm_sample("MAETok-B decoder 256 px", (4, 384, 768), 128, False, offset=0.0, real=True),
+        norm_sample("LightningDiT-XL", (4, 256, 1152), 0, True, norm="rms", real=True),
+    ],
+    flops=lambda a: 8 * a.x.numel(),
 )
 
 residual_adaln = Op(
     "residual_adaln",
     ref=residual_adaln_ref,
-    outputs=2,
-    cpu=(Backend("native", _residual_native_forward, _residual_native_backward, library="native"),),
-    cuda=(Backend("triton", _residual_triton_forward, _residual_triton_backward, library="triton"),),
-    fake=_residual_fake,
-    saved=1,
-    check=_residual_check,
-    unsupported=_unsupported,
-    samples=_residual_samples,
-    cost=_residual_cost,
-    fp32=frozenset({"weight", "bias"}),
-    uncast=frozenset({"branch", "gate", "shift", "scale"}),
+    shapes=SHAPES | {"branch": "B N D", "gate": "D | B D"},
+    check=lambda a: check_norm("residual_adaln", a),
+    roles=adaln.roles | {"branch": "as given", "gate": "as given"},
+    out=lambda a, backend: (torch.empty_like(a.x, memory_format=_DENSE), *_out(a, backend)),
+    outputs=("h", "y"),
+    saved=("stats",),
+    written=("x",),
+    cpu=[
+        native(
+            "residual_adaln_fwd x branch gate shifts scales weight bias h y stats eps offset per_image rms",
+            "residual_adaln_bwd d_h d_y x branch gate scales weight bias stats "
+            "d_x d_branch d_gate d_shifts d_scales d_weight d_bias offset per_image rms",
+            **_NATIVE,
+        )
+    ],
+    cuda=[_TRITON],
+    samples=[
+        norm_sample("DiT: per image", (3, 7, 48), 0, False, gate=2, residual=True),
+        norm_sample("LayerScale, affine", (2, 5, 33), None, True, gate=1, residual=True),
+        norm_sample("MoVQ: no gate, last tokens", (2, 9, 20), 4, False, offset=0.0, residual=True),
+        norm_sample("RMSNorm, one row", (1, 1, 8), 0, True, norm="rms", gate=2, residual=True),
+        norm_sample("more rows than one chunk", (2, 21, 16), 0, True, gate=1, residual=True),
+        *(
+            norm_sample(
+                label,
+                (b, n, d),
+                0 if d == 1152 else None,
+                d == 768,
+                gate=2 if d == 1152 else 1,
+                residual=True,
+                real=True,
+            )
+            for b, n, d, label in TOKEN_SHAPES
+        ),
+        norm_sample("MAETok-B decoder 256 px", (4, 384, 768), 128, False, offset=0.0, residual=True, real=True),
+        norm_sample("LightningDiT-XL", (4, 256, 1152), 0, True, norm="rms", gate=2, residual=True, real=True),
+    ],
+    flops=lambda a: 10 * a.x.numel(),
 )

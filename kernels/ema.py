@@ -31,8 +31,9 @@ import torch
 from torch import Tensor
 
 from . import _native
-from ._op import NAMESPACE, BackendError, _log_once, _State, forced_backend
-from ._triton import tl, triton, why_no_triton
+from ._dispatch import forced_backend, pick, why_missing
+from ._registration import NAMESPACE
+from ._triton import tl, triton
 
 __all__ = ["ema_update", "ema_update_ref"]
 
@@ -231,25 +232,8 @@ def _foreach(ema: list[Tensor], params: list[Tensor], weight: float | Tensor, ca
 
 
 def _choose(device: str) -> str:
-    forced = forced_backend()
-    if forced == "reference":
-        return forced
-    reasons = {
-        "native": _native.why_missing() if device == "cpu" else f"it runs on the CPU, the tensors are on {device}"
-    }
-    reasons["triton"] = why_no_triton(device)
-    if forced in reasons:
-        if reasons[forced] is not None:
-            raise BackendError(f"ema_update: backend {forced!r} was forced but cannot run: {reasons[forced]}")
-        return forced
-    own = {"cpu": "native", "cuda": "triton"}.get(device)
-    if own is None or reasons[own] is not None:
-        why = f"no kernels for device {device}" if own is None else f"{own}: {reasons[own]}"
-        if _State.strict:
-            raise BackendError(f"ema_update: MAETOK_FAST_STRICT=1 and no kernel can take these inputs ({why})")
-        _log_once("ema_update", "kernels", why)
-        return "foreach"
-    return own
+    own = {"cpu": ["native"], "cuda": ["triton"]}.get(device, [])
+    return pick("ema_update", device, own, ("native", "triton"), lambda name: why_missing(name, device))
 
 
 # ---- the operator --------------------------------------------------------------------------------------------------
@@ -262,11 +246,11 @@ def _ema_update(
     on = ema[0].device.type
     name = _choose(on)
     at: float | Tensor = decay if decay_tensor is None else decay_tensor
-    if name == "reference":
+    if forced_backend() == "reference":
         ema_update_ref(ema, params, at, cast_to)
         return
     apart: Sequence[int] = range(len(ema))
-    if name != "foreach":
+    if name != "reference":
         plan = _plan(ema, params, cast_to, name == "triton")
         apart = plan.apart
         for group in plan.groups:

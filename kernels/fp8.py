@@ -22,17 +22,17 @@ reference runs: it emulates, for tests.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _fp8_triton
-from ._op import EMPTY, TOKEN_SHAPES, Backend, Cost, Op, Sample
-from ._tiles import MAX_ROW, arch
-from .adaln import _case as adaln_case
-from .adaln import _check_norm, adaln_ref
+from . import _adaln_triton, _fp8_triton
+from ._op import Op
+from ._record import TOKEN_SHAPES, Backend, Sample
+from ._tiles import arch, over_grid, over_row
+from .adaln import SHAPES, adaln_ref, check_norm, norm_sample
 
 __all__ = [
     "E4M3",
@@ -122,17 +122,21 @@ def adaln_quantize_ref(
     bias: Tensor | None = None,
     eps: float = 1e-6,
     offset: float = 1.0,
+    norm: str = "layer",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`adaln` (in fp32, unrounded) and `fp8_quantize(..., "e4m3", "row")` of its result.
 
     Arguments as `adaln`'s, each in its own dtype (fp32, bf16 or fp16).
-    Returns data (B, N, D) e4m3, row_scale (B, N, 1) fp32, and stats (B, N, 2) fp32: mean and 1 / sqrt(var + eps) of
-    each row, what adaln's backward needs. No gradients. ValueError when shapes do not fit together.
+    Returns data (B, N, D) e4m3, row_scale (B, N, 1) fp32, and stats (B, N, 2) fp32: mean (0 for "rms") and
+    1 / sqrt(var + eps) of each row, what adaln's backward needs. No gradients. ValueError when shapes do not fit.
     """
     v = _wide(x)
     shift, scale, weight, bias = (None if t is None else _wide(t) for t in (shift, scale, weight, bias))
-    data, row_scale = _scaled(adaln_ref(v, shift, scale, weight, bias, eps, offset), (-1,), E4M3)
-    var, mean = torch.var_mean(v, -1, correction=0)
+    data, row_scale = _scaled(adaln_ref(v, shift, scale, weight, bias, eps, offset, "", norm), (-1,), E4M3)
+    if norm == "rms":
+        mean, var = torch.zeros_like(v[..., 0]), v.square().mean(-1)
+    else:
+        var, mean = torch.var_mean(v, -1, correction=0)
     return data, row_scale, torch.stack((mean, (var + eps).rsqrt()), -1)
 
 
@@ -144,184 +148,56 @@ def _check_kind(op: str, kind: str) -> None:
         raise ValueError(f"{op}: kind must be one of {', '.join(_KINDS)}, got {kind!r}")
 
 
-def _check_factor(op: str, factor: Tensor | None, size: int) -> None:
-    if factor is not None and tuple(factor.shape) != (size,):
-        raise ValueError(f"{op}: factor must be ({size},), got {tuple(factor.shape)}")
-
-
-def _check(x: Tensor, kind: str, per: str, factor: Tensor | None) -> None:
-    _check_kind("fp8_quantize", kind)
-    if per not in _PER:
-        raise ValueError(f"fp8_quantize: per must be one of {', '.join(_PER)}, got {per!r}")
-    if x.ndim == 0:
-        raise ValueError("fp8_quantize: x must have at least one dimension")
-    if per == "tensor" and factor is not None:
+def _check(a):
+    _check_kind("fp8_quantize", a.kind)
+    if a.per not in _PER:
+        raise ValueError(f"fp8_quantize: per must be one of {', '.join(_PER)}, got {a.per!r}")
+    if a.per == "tensor" and a.factor is not None:
         raise ValueError("fp8_quantize: factor goes with per='row'; multiply x before")
-    _check_factor("fp8_quantize", factor, x.shape[-1])
 
 
-def _columns_check(x: Tensor, kind: str, factor: Tensor | None) -> None:
-    _check_kind("fp8_quantize_columns", kind)
-    _transpose_check(x, "fp8_quantize_columns")
-    _check_factor("fp8_quantize_columns", factor, x.shape[0])
+def _no_float8() -> str | None:
+    return f"sm_{arch()} has no float8 conversions; they need compute capability 8.9" if arch() < 89 else None
 
 
-def _adaln_check(
-    x: Tensor,
-    shift: Tensor | None,
-    scale: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    offset: float,
-) -> None:
-    _check_norm("adaln_quantize", x, shift, scale, weight, bias, eps, offset, "", "layer")
+def _why_not_rows(a):
+    return _no_float8() or (None if getattr(a, "per", "row") == "tensor" else over_row(a.x.shape[-1]))
 
 
-def _transpose_check(x: Tensor, op: str = "transpose_pad") -> None:
-    if x.ndim != 2:
-        raise ValueError(f"{op}: x must be (M, K), got {tuple(x.shape)}")
+def _why_not_tiles(a):
+    return (None if a.x.dtype == torch.uint8 else _no_float8()) or over_grid(rows=-(-a.x.shape[0] // 64))
 
 
-def _unsupported(backend: str, x: Tensor, *rest: Any) -> str | None:
-    if x.numel() == 0:
-        return EMPTY
-    if arch() < 89:
-        return f"sm_{arch()} has no float8 conversions; they need compute capability 8.9"
-    if x.shape[-1] > MAX_ROW and "tensor" not in rest:
-        return f"the last dimension is {x.shape[-1]}: a program holds one row, at most {MAX_ROW} elements"
-    return None
-
-
-def _tiles_unsupported(backend: str, x: Tensor, *rest: Any) -> str | None:
-    if x.numel() == 0:
-        return EMPTY
-    if x.dtype != torch.uint8 and arch() < 89:
-        return f"sm_{arch()} has no float8 conversions; they need compute capability 8.9"
-    if x.shape[0] > 65535 * 64:
-        return f"{x.shape[0]} rows exceed a CUDA grid's second dimension"
-    return None
-
-
-# ---- launchers, shapes, costs --------------------------------------------------------------------------------------
-
-
-def _forward(x: Tensor, kind: str, per: str, factor: Tensor | None) -> tuple[Tensor, ...]:
-    if per == "row":
-        return _fp8_triton.quantize_rows(x, _KINDS[kind], factor)
-    return _fp8_triton.quantize_tensor(x, _KINDS[kind])
-
-
-def _fake(name: str, x: Tensor, kind: str, per: str, factor: Tensor | None) -> tuple[Tensor, ...]:
-    scale = x.new_empty((*x.shape[:-1], 1) if per == "row" else (), dtype=torch.float32)
-    return torch.empty_like(x, dtype=_KINDS[kind], memory_format=torch.contiguous_format), scale
-
-
-def _columns_forward(x: Tensor, kind: str, factor: Tensor | None) -> tuple[Tensor, ...]:
-    return _fp8_triton.quantize_columns(x, _KINDS[kind], factor, padded_rows(x.shape[0]))
-
-
-def _columns_fake(name: str, x: Tensor, kind: str, factor: Tensor | None) -> tuple[Tensor, ...]:
-    data = x.new_empty((x.shape[1], padded_rows(x.shape[0])), dtype=_KINDS[kind])
-    return data, x.new_empty((x.shape[1], 1), dtype=torch.float32)
-
-
-def _transpose_forward(x: Tensor) -> tuple[Tensor, ...]:
-    return (_fp8_triton.transpose_pad(x, padded_rows(x.shape[0])),)
-
-
-def _transpose_fake(name: str, x: Tensor) -> tuple[Tensor, ...]:
-    return (x.new_empty((x.shape[1], padded_rows(x.shape[0]))),)
-
-
-def _adaln_fake(name: str, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    data = torch.empty_like(x, dtype=E4M3, memory_format=torch.contiguous_format)
-    batch, n, _width = x.shape
-    return data, x.new_empty((batch, n, 1), dtype=torch.float32), x.new_empty((batch, n, 2), dtype=torch.float32)
-
-
-def _cost(x: Tensor, kind: str = "e4m3", per: str = "row", factor: Tensor | None = None) -> Cost:
-    reads = 1 if per == "row" else 2
-    scales = 4 * (x.numel() // x.shape[-1] if per == "row" else 1) + (0 if factor is None else 4 * factor.numel())
-    return Cost(3 * x.numel(), (reads * x.element_size() + 1) * x.numel() + scales, reads)
-
-
-def _columns_cost(x: Tensor, kind: str = "e5m2", factor: Tensor | None = None) -> Cost:
-    scales = 4 * x.shape[1] + (0 if factor is None else 4 * factor.numel())
-    return Cost(
-        3 * x.numel(), 2 * x.element_size() * x.numel() + x.shape[1] * padded_rows(x.shape[0]) + scales, launches=2
-    )
-
-
-def _transpose_cost(x: Tensor) -> Cost:
-    return Cost(0, x.numel() + x.shape[1] * padded_rows(x.shape[0]))
-
-
-def _adaln_cost(x: Tensor, *rest: Any, **named: Any) -> Cost:
-    others = sum(m.numel() * m.element_size() for m in (*rest, *named.values()) if isinstance(m, Tensor))
-    rows = x.numel() // x.shape[-1]
-    return Cost(11 * x.numel(), (x.element_size() + 1) * x.numel() + 12 * rows + others)
+def _columns(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Room for x (M, K), transposed and padded."""
+    return x.new_empty((x.shape[1], padded_rows(x.shape[0])), dtype=dtype)
 
 
 # ---- samples -------------------------------------------------------------------------------------------------------
 
 
-def _case(label: str, shape: tuple[int, ...], kind: str, per: str, factor: bool, real: bool = False) -> Sample:
+def _sample(
+    label: str, shape: tuple[int, ...], kind: str, factor: int | None, real: bool = False, **per: str
+) -> Sample:
+    """factor: the dimension that it goes along."""
+
     def make(randn: Callable[..., Tensor]) -> dict[str, Any]:
-        wide = {"factor": randn(shape[-1], dtype=torch.float32).abs()} if factor else {}
-        return {"x": 3 * randn(*shape), "kind": kind, "per": per, **wide}
+        wide = {} if factor is None else {"factor": randn(shape[factor], dtype=torch.float32).abs()}
+        return {"x": 3 * randn(*shape), "kind": kind, **per, **wide}
 
     return Sample(label, make, real)
 
 
-def _samples() -> Iterable[Sample]:
-    yield _case("rows, e4m3", (3, 5, 48), "e4m3", "row", False)
-    yield _case("tensor, e4m3", (3, 7, 33), "e4m3", "tensor", False)
-    yield _case("rows, e5m2, factor", (4, 20), "e5m2", "row", True)
-    yield _case("tensor, e5m2, several partial maxima", (5, 1000), "e5m2", "tensor", False)
-    yield _case("one element", (1,), "e4m3", "row", False)
-    for batch, n, width, label in TOKEN_SHAPES:
-        yield _case(f"{label}, rows", (batch, n, width), "e4m3", "row", False, real=True)
-        yield _case(f"{label}, tensor", (batch, n, width), "e4m3", "tensor", False, real=True)
-        yield _case(f"{label}, gradient rows", (batch * n, width), "e5m2", "row", True, real=True)
-
-
-def _columns_case(label: str, shape: tuple[int, int], kind: str, factor: bool, real: bool = False) -> Sample:
-    def make(randn: Callable[..., Tensor]) -> dict[str, Any]:
-        wide = {"factor": randn(shape[0], dtype=torch.float32).abs()} if factor else {}
-        return {"x": 3 * randn(*shape), "kind": kind, **wide}
-
-    return Sample(label, make, real)
-
-
-def _columns_samples() -> Iterable[Sample]:
-    yield _columns_case("few rows, e5m2, factor", (7, 48), "e5m2", True)
-    yield _columns_case("whole tiles", (64, 64), "e4m3", False)
-    yield _columns_case("several tiles, odd", (145, 70), "e5m2", True)
-    for batch, n, width, label in TOKEN_SHAPES:
-        yield _columns_case(f"{label}, gradient", (batch * n, width), "e5m2", True, real=True)
-
-
-def _bytes_case(label: str, shape: tuple[int, int], real: bool = False) -> Sample:
+def _bytes_sample(label: str, shape: tuple[int, int], real: bool = False) -> Sample:
     return Sample(label, lambda randn: {"x": (50 * randn(*shape).abs()).to(torch.uint8)}, real)
 
 
-def _transpose_samples() -> Iterable[Sample]:
-    yield _bytes_case("few rows", (7, 48))
-    yield _bytes_case("whole tiles", (64, 128))
-    yield _bytes_case("odd", (100, 33))
-    for batch, n, width, label in TOKEN_SHAPES:
-        yield _bytes_case(label, (batch * n, width), real=True)
-
-
-def _adaln_samples() -> Iterable[Sample]:
-    yield adaln_case("DiT: per image", (3, 5, 48), 0, False)
-    yield adaln_case("plain norm, affine", (2, 5, 33), None, True)
-    yield adaln_case("MoVQ: last tokens, plain scale", (2, 6, 64), 4, False, offset=0.0)
-    yield adaln_case("one row", (1, 1, 8), 0, True)
-    for batch, n, width, label in TOKEN_SHAPES:
-        yield adaln_case(label, (batch, n, width), 0 if width == 1152 else None, width == 768, real=True)
-    yield adaln_case("MAETok-B decoder 256 px", (4, 384, 768), 128, False, offset=0.0, real=True)
+def _real_samples(batch: int, n: int, width: int, label: str) -> list[Sample]:
+    return [
+        _sample(f"{label}, rows", (batch, n, width), "e4m3", None, True, per="row"),
+        _sample(f"{label}, tensor", (batch, n, width), "e4m3", None, True, per="tensor"),
+        _sample(f"{label}, gradient rows", (batch * n, width), "e5m2", -1, True, per="row"),
+    ]
 
 
 # ---- records -------------------------------------------------------------------------------------------------------
@@ -329,54 +205,92 @@ def _adaln_samples() -> Iterable[Sample]:
 fp8_quantize = Op(
     "fp8_quantize",
     ref=fp8_quantize_ref,
-    cuda=(Backend("triton", _forward, None, library="triton"),),
-    fake=_fake,
-    outputs=2,
-    differentiable=False,
+    shapes={"x": "... K", "factor": "K"},
     check=_check,
-    unsupported=_unsupported,
-    samples=_samples,
-    cost=_cost,
-    own_dtypes={"x": _FLOATS, "factor": _WIDE},
+    roles={"x": _FLOATS, "factor": _WIDE},
+    out=lambda a, backend: (
+        torch.empty_like(a.x, dtype=_KINDS[a.kind], memory_format=torch.contiguous_format),
+        a.x.new_empty((*a.x.shape[:-1], 1) if a.per == "row" else (), dtype=torch.float32),
+    ),
+    outputs=("data", "scale"),
+    differentiable=False,
+    cuda=[Backend("triton", _fp8_triton.quantize, why_not=_why_not_rows)],
+    samples=[
+        _sample("rows, e4m3", (3, 5, 48), "e4m3", None, per="row"),
+        _sample("tensor, e4m3", (3, 7, 33), "e4m3", None, per="tensor"),
+        _sample("rows, e5m2, factor", (4, 20), "e5m2", -1, per="row"),
+        _sample("tensor, e5m2, several partial maxima", (5, 1000), "e5m2", None, per="tensor"),
+        _sample("one element", (1,), "e4m3", None, per="row"),
+        *(sample for shape in TOKEN_SHAPES for sample in _real_samples(*shape)),
+    ],
+    flops=lambda a: 3 * a.x.numel(),
 )
 
 fp8_quantize_columns = Op(
     "fp8_quantize_columns",
     ref=fp8_quantize_columns_ref,
-    cuda=(Backend("triton", _columns_forward, None, library="triton"),),
-    fake=_columns_fake,
-    outputs=2,
+    shapes={"x": "M K", "factor": "M"},
+    check=lambda a: _check_kind("fp8_quantize_columns", a.kind),
+    roles={"x": _FLOATS, "factor": _WIDE},
+    out=lambda a, backend: (
+        _columns(a.x, _KINDS[a.kind]),
+        a.x.new_empty((a.x.shape[1], 1), dtype=torch.float32),
+    ),
+    outputs=("data", "scale"),
     differentiable=False,
-    check=_columns_check,
-    unsupported=_tiles_unsupported,
-    samples=_columns_samples,
-    cost=_columns_cost,
-    own_dtypes={"x": _FLOATS, "factor": _WIDE},
+    cuda=[Backend("triton", _fp8_triton.quantize_columns, why_not=_why_not_tiles)],
+    samples=[
+        _sample("few rows, e5m2, factor", (7, 48), "e5m2", 0),
+        _sample("whole tiles", (64, 64), "e4m3", None),
+        _sample("several tiles, odd", (145, 70), "e5m2", 0),
+        *(_sample(f"{label}, gradient", (b * n, d), "e5m2", 0, True) for b, n, d, label in TOKEN_SHAPES),
+    ],
+    flops=lambda a: 3 * a.x.numel(),
 )
 
 transpose_pad = Op(
     "transpose_pad",
     ref=transpose_pad_ref,
-    cuda=(Backend("triton", _transpose_forward, None, library="triton"),),
-    fake=_transpose_fake,
+    shapes={"x": "M K"},
+    roles={"x": (torch.uint8,)},
+    out=lambda a, backend: (_columns(a.x, torch.uint8),),
     differentiable=False,
-    check=_transpose_check,
-    unsupported=_tiles_unsupported,
-    samples=_transpose_samples,
-    cost=_transpose_cost,
-    own_dtypes={"x": (torch.uint8,)},
+    cuda=[Backend("triton", _fp8_triton.transpose_pad, why_not=_why_not_tiles)],
+    samples=[
+        _bytes_sample("few rows", (7, 48)),
+        _bytes_sample("whole tiles", (64, 128)),
+        _bytes_sample("odd", (100, 33)),
+        *(_bytes_sample(label, (b * n, d), real=True) for b, n, d, label in TOKEN_SHAPES),
+    ],
+    flops=lambda a: 0,
 )
 
 adaln_quantize = Op(
     "adaln_quantize",
     ref=adaln_quantize_ref,
-    cuda=(Backend("triton", _fp8_triton.adaln_quantize, None, library="triton"),),
-    fake=_adaln_fake,
-    outputs=3,
+    shapes=SHAPES,
+    check=lambda a: check_norm("adaln_quantize", a),
+    roles=dict.fromkeys(SHAPES, _FLOATS),
+    out=lambda a, backend: (
+        torch.empty_like(a.x, dtype=E4M3, memory_format=torch.contiguous_format),
+        a.x.new_empty((*a.x.shape[:2], 1), dtype=torch.float32),
+        a.x.new_empty((*a.x.shape[:2], 2), dtype=torch.float32),
+    ),
+    outputs=("y", "row_scale", "stats"),
     differentiable=False,
-    check=_adaln_check,
-    unsupported=_unsupported,
-    samples=_adaln_samples,
-    cost=_adaln_cost,
-    own_dtypes=dict.fromkeys(("x", "shift", "scale", "weight", "bias"), _FLOATS),
+    cuda=[Backend("triton", _adaln_triton.forward, why_not=_why_not_rows)],
+    samples=[
+        norm_sample("DiT: per image", (3, 5, 48), 0, False),
+        norm_sample("plain norm, affine", (2, 5, 33), None, True),
+        norm_sample("MoVQ: last tokens, plain scale", (2, 6, 64), 4, False, offset=0.0),
+        norm_sample("LightningDiT: RMSNorm, per image", (2, 5, 33), 0, True, norm="rms"),
+        norm_sample("one row", (1, 1, 8), 0, True),
+        *(
+            norm_sample(label, (b, n, d), 0 if d == 1152 else None, d == 768, real=True)
+            for b, n, d, label in TOKEN_SHAPES
+        ),
+        norm_sample("MAETok-B decoder 256 px", (4, 384, 768), 128, False, offset=0.0, real=True),
+        norm_sample("LightningDiT-XL", (4, 256, 1152), 0, True, norm="rms", real=True),
+    ],
+    flops=lambda a: 11 * a.x.numel(),
 )

@@ -50,7 +50,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ._op import BackendError, Op, _log_once, _State, forced_backend, no_autocast
+from ._dispatch import fall_back, forced_backend, no_autocast, transformed
+from ._op import Op
+from ._record import EMPTY
 from .adaln import adaln
 from .fp8 import adaln_quantize, fp8_quantize, fp8_quantize_columns, transpose_pad
 
@@ -74,7 +76,7 @@ def why_no_fp8_hardware(device: torch.device, scaling: str = "row") -> str | Non
     return None
 
 
-# Asked in every forward and constant in a process (see _op._why_missing).
+# Asked in every forward and constant in a process (see _dispatch.why_missing).
 why_no_fp8_hardware._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -97,7 +99,7 @@ def why_not_fp8(
 # ---- products ------------------------------------------------------------------------------------------------------
 
 
-def _run(op: Op, emulate: bool) -> Any:
+def _run(op: Op[..., Any], emulate: bool) -> Any:
     """The op, or its reference where emulation was asked for (strict mode is for kernels) and no backend is forced."""
     return op.ref if emulate and forced_backend() is None else op
 
@@ -231,14 +233,14 @@ class _AdalnLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, shift: Tensor | None, scale: Tensor | None, norm_weight: Tensor | None,
-        norm_bias: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, offset: float,
+        norm_bias: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, offset: float, kind: str,
         w8: Tensor, w_scale: Tensor, cast: _Cast | None, s: _Settings,
     ) -> Tensor:  # fmt: skip
-        y8, y_scale, stats = _run(adaln_quantize, s.emulate)(x, shift, scale, norm_weight, norm_bias, eps, offset)
+        y8, y_scale, stats = _run(adaln_quantize, s.emulate)(x, shift, scale, norm_weight, norm_bias, eps, offset, kind)
         y8, y_scale = y8.flatten(0, 1), y_scale.flatten(0, 1)
         out = _matmul(y8, y_scale, w8, w_scale, s.emulate, bias=bias, fast=True)
         ctx.save_for_backward(y8, y_scale, w8, w_scale, stats, x, shift, scale, norm_weight, norm_bias)
-        ctx.numbers, ctx.cast, ctx.settings = (eps, offset), cast, s
+        ctx.options, ctx.cast, ctx.settings = (eps, offset, "", kind), cast, s
         ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
         return out.view(*x.shape[:-1], -1).to(s.dtype)
 
@@ -251,32 +253,32 @@ class _AdalnLinear(torch.autograd.Function):
                 dy.flatten(0, 1), (y8, y_scale, w8, w_scale), ctx.cast,
                 (any(needs), *ctx.needs_input_grad[5:7]), ctx.settings,
             )  # fmt: skip
-            grads = _norm_gradients(dn, stats, norm, ctx.numbers, needs)
+            grads = _norm_gradients(dn, stats, norm, ctx.options, needs)
         return (
             *grads,
             None if dw is None else dw.to(ctx.weight_dtype),
             None if db is None else db.to(ctx.bias_dtype),
-            *[None] * 6,
+            *[None] * 7,
         )  # fmt: skip
 
 
 def _norm_gradients(
-    dn: Tensor | None, stats: Tensor, norm: list[Tensor | None], numbers: tuple[float, float], needs: list[bool]
+    dn: Tensor | None, stats: Tensor, norm: list[Tensor | None], options: tuple[Any, ...], needs: list[bool]
 ) -> list[Tensor | None]:
     """Gradients of x, shift, scale, weight and bias of adaln, by its own backward kernel."""
     if dn is None:
         return [None] * 5
     x = norm[0]
     assert x is not None
-    args = (*norm, *numbers, "", "layer")
     dn = dn.view(x.shape).to(x.dtype)
-    chosen = adaln.choose(args)
+    chosen = adaln.choose(*norm, *options)
     if chosen != "reference":
-        found = torch.ops.maetok_fast.adaln_backward([dn], [stats.view(-1, 2)], [*needs, *[False] * 4], chosen, *args)
+        every = [*needs, *[False] * 4]
+        found = torch.ops.maetok_fast.adaln_backward([dn], [stats.view(-1, 2)], every, chosen, *norm, *options)
         return [g if n else None for g, n in zip(found, needs)]
     wanted = [t.detach().requires_grad_(n) if t is not None else None for t, n in zip(norm, needs)]
     with torch.enable_grad():
-        y = adaln.ref(*wanted, *numbers)
+        y = adaln.ref(*wanted, *options)
     grads = iter(torch.autograd.grad(y, [t for t, n in zip(wanted, needs) if n and t is not None], dn))
     return [next(grads) if n else None for n in needs]
 
@@ -322,11 +324,11 @@ class Fp8Linear(nn.Linear):
     def why_not_fp8(self, x: Tensor | None = None) -> str | None:
         """Why this layer (for this input) runs as nn.Linear, or None."""
         if x is not None and x.numel() == 0:
-            return "there is nothing to compute"
+            return EMPTY
         if x is not None and x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"its input is {x.dtype}; float32, bfloat16 and float16 are cast"
-        if torch._C._functorch.maybe_current_level() is not None and not torch.compiler.is_compiling():
-            return "torch.func transforms need plain torch"
+        if x is not None and transformed((x, self.weight, self.bias)):
+            return "torch.func and forward-mode AD need plain torch"
         weight = self.weight
         return why_not_fp8(self.in_features, self.out_features, weight.dtype, weight.device, self.scaling, self.emulate)
 
@@ -353,12 +355,6 @@ class Fp8Linear(nn.Linear):
         """Drop the kept cast: after writes to the weight that its version counter does not see (`weight.data`)."""
         self._kept = None
 
-    def _refused(self, reason: str) -> None:
-        if _State.strict and "nothing to compute" not in reason:
-            raise BackendError(f"Fp8Linear: MAETOK_FAST_STRICT=1 and FP8 cannot take this layer: {reason}")
-        if not torch.compiler.is_compiling():
-            _log_once("Fp8Linear", "fp8", reason)
-
     def _settings(self, x: Tensor) -> _Settings:
         on = x.device.type
         lowered = torch.amp.is_autocast_available(on) and torch.is_autocast_enabled(on)
@@ -368,7 +364,8 @@ class Fp8Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         reason = self.why_not_fp8(x)
         if reason is not None:
-            self._refused(reason)
+            if reason != EMPTY:
+                fall_back("Fp8Linear", reason)
             return F.linear(x, self.weight, self.bias)
         cast, settings = self.weight_cast(), self._settings(x)
         with no_autocast(x.device.type):
@@ -395,23 +392,22 @@ def adaln_linear_fp8(
     bias: Tensor | None = None,
     eps: float = 1e-6,
     offset: float = 1.0,
+    norm: str = "layer",
 ) -> Tensor:
-    """linear(adaln(x, shift, scale, weight, bias, eps, offset)) with the norm's result written once, in e4m3.
+    """linear(adaln(x, shift, scale, weight, bias, eps, offset, norm=norm)), the norm's result written once, in e4m3.
 
     x (B, N, D) -> (B, N, out) in the autocast dtype, or in x's. The backward takes the saved e4m3 for dW and goes
     through adaln's backward kernel. Where FP8 cannot run, or for scaling="tensor" (a tensor's scale is known only when
     all of its rows are), the two run one after the other.
     """
-    args = adaln.bind((x, shift, scale, weight, bias, eps, offset), {})
-    adaln.check(*args)
+    a = adaln.arguments(x, shift, scale, weight, bias, eps, offset, norm=norm)
     reason = linear.why_not_fp8(x)
     if reason is not None or linear.scaling != "row":
-        return linear(adaln(*args))
+        return linear(adaln(*a))
     settings = linear._settings(x)
-    x, shift, scale, weight, bias, eps, offset, *_ = adaln._coerce(args)
     cast = linear.weight_cast()
     with no_autocast(x.device.type):
         return _AdalnLinear.apply(
-            x, shift, scale, weight, bias, linear.weight, linear.bias, eps, offset, cast.data, cast.scale,
+            *a[:5], linear.weight, linear.bias, eps, offset, norm, cast.data, cast.scale,
             None if torch.compiler.is_compiling() else cast, settings,
         )  # fmt: skip

@@ -23,7 +23,7 @@ native AMX attention, forward and backward, else torch's flash attention. flash_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,10 +31,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _native
-from ._op import EMPTY, Backend, Cost, Op, Sample, no_autocast
-from ._rope_attention_libraries import ATTENTIONS, library_backward, library_forward
+from ._dispatch import no_autocast, transformed
+from ._op import Op
+from ._record import EMPTY, Backend, Sample
+from ._rope_attention_libraries import ATTENTIONS, library
 from ._rope_attention_triton import triton_backward, triton_forward
-from ._tiles import attention_order
+from ._tiles import attention_order, over_grid
 
 __all__ = ["rope_attention", "rope_attention_ref", "rope_table"]
 
@@ -87,29 +89,26 @@ def _rotate_ref(x: Tensor, rope: Tensor, prefix: int, index: Tensor | None) -> T
     return torch.cat((x[:, :prefix], rotated, x[:, stop:]), 1)
 
 
-def _prepared(
-    qkv: Tensor,
-    rope: Tensor | None,
-    q_weight: Tensor | None,
-    q_bias: Tensor | None,
-    k_weight: Tensor | None,
-    k_bias: Tensor | None,
-    prefix: int,
-    qk_norm: str,
-    eps: float,
-    index: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def _prepared(a: Any) -> tuple[Tensor, Tensor]:
     """Normalised and rotated q and k, (B, N, heads, head_dim) in qkv's dtype; computed in fp32 or fp64."""
-    wide = torch.float64 if qkv.dtype == torch.float64 else torch.float32
-    q, k = qkv[:, :, 0].to(wide), qkv[:, :, 1].to(wide)
-    q, k = _norm_ref(q, q_weight, q_bias, qk_norm, eps), _norm_ref(k, k_weight, k_bias, qk_norm, eps)
-    if rope is not None:
-        q, k = _rotate_ref(q, rope, prefix, index), _rotate_ref(k, rope, prefix, index)
-    return q.to(qkv.dtype), k.to(qkv.dtype)
+    wide = torch.float64 if a.qkv.dtype == torch.float64 else torch.float32
+    q = _norm_ref(a.qkv[:, :, 0].to(wide), a.q_weight, a.q_bias, a.qk_norm, a.eps)
+    k = _norm_ref(a.qkv[:, :, 1].to(wide), a.k_weight, a.k_bias, a.qk_norm, a.eps)
+    if a.rope is not None:
+        q, k = _rotate_ref(q, a.rope, a.prefix, a.index), _rotate_ref(k, a.rope, a.prefix, a.index)
+    return q.to(a.qkv.dtype), k.to(a.qkv.dtype)
 
 
-def _query_range(qkv: Tensor, first_query: int, num_queries: int | None) -> tuple[int, int]:
-    return first_query, qkv.shape[1] - first_query if num_queries is None else num_queries
+def _count(a: Any) -> int:
+    """How many queries are asked for."""
+    return a.qkv.shape[1] - a.first_query if a.num_queries is None else a.num_queries
+
+
+def _attention_ref(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """(B, heads, Nq, head_dim) each. torch's fused attention has no forward-mode derivative: written out for that."""
+    if transformed((q, k, v)):
+        return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 def rope_attention_ref(
@@ -140,27 +139,29 @@ def rope_attention_ref(
     Returns (B, num_queries, heads * head_dim) in qkv's dtype; the softmax scale is head_dim ** -0.5.
     Raises ValueError when shapes do not fit together.
     """
-    q, k = _prepared(qkv, rope, q_weight, q_bias, k_weight, k_bias, prefix, qk_norm, eps, index)
-    first, count = _query_range(qkv, first_query, num_queries)
-    q = q[:, first : first + count]
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), qkv[:, :, 2].transpose(1, 2))
-    return out.transpose(1, 2).flatten(2)
+    a = rope_attention.Args(
+        qkv, rope, q_weight, q_bias, k_weight, k_bias, prefix, qk_norm, eps, first_query, num_queries, index
+    )
+    q, k = _prepared(a)
+    q = q[:, first_query : first_query + _count(a)]
+    return _attention_ref(*(x.transpose(1, 2) for x in (q, k, qkv[:, :, 2]))).transpose(1, 2).flatten(2)
 
 
 # ---- launchers: CPU ------------------------------------------------------------------------------------------------
 
 
-def _native_prepare(args: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
+def _native_prepare(a):
     """q (B, Nq, heads, head_dim), k and v (B, N, heads, head_dim), each with contiguous heads; v is a view of qkv."""
-    qkv, rope, q_weight, q_bias, k_weight, k_bias, prefix, qk_norm, eps, first_query, num_queries, index = args
-    first, count = _query_range(qkv, first_query, num_queries)
-    q, k, v = qkv.unbind(2)
-    if rope is None and qk_norm == "none":
+    first, count = a.first_query, _count(a)
+    q, k, v = a.qkv.unbind(2)
+    if a.rope is None and a.qk_norm == "none":
         return q[:, first : first + count], k, v
-    batch, n, _, heads, head_dim = qkv.shape
-    q, k = qkv.new_empty(batch, count, heads, head_dim), qkv.new_empty(batch, n, heads, head_dim)
-    weights = (q_weight, q_bias, k_weight, k_bias)
-    _native.lib().rope_rotate(qkv, rope, *weights, index, q, k, prefix, first, _NORMS.index(qk_norm), eps)
+    batch, n, _, heads, head_dim = a.qkv.shape
+    q, k = a.qkv.new_empty(batch, count, heads, head_dim), a.qkv.new_empty(batch, n, heads, head_dim)
+    _native.lib().rope_rotate(
+        a.qkv, a.rope, a.q_weight, a.q_bias, a.k_weight, a.k_bias, a.index, q, k,
+        a.prefix, first, _NORMS.index(a.qk_norm), a.eps,
+    )  # fmt: skip
     return q, k, v
 
 
@@ -171,140 +172,125 @@ def _amx(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and bool(_native.lib().attention_bf16_usable())
 
 
-def _native_forward(*args: Any) -> tuple[Tensor, ...]:
-    q, k, v = _native_prepare(args)
+def _native_forward(a, out):
+    q, k, v = _native_prepare(a)
     batch, count, heads, head_dim = q.shape
     if _amx(q):
-        out = q.new_empty(batch, count, heads * head_dim)
+        y = q.new_empty(batch, count, heads * head_dim)
         lse = q.new_empty(batch, count, heads, dtype=torch.float32)
-        _native.lib().attention_bf16(q, k, v, out.view(q.shape), lse)
-        return out, lse.transpose(1, 2)
+        _native.lib().attention_bf16(q, k, v, y.view(q.shape), lse)
+        return y, lse.transpose(1, 2)
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    out, lse = flash(*(x.transpose(1, 2) for x in (q, k, v)))
+    y, lse = flash(*(x.transpose(1, 2) for x in (q, k, v)))
     # not a view: torch refuses in-place operations on a view among several outputs
-    return torch.ops.aten._unsafe_view(out.transpose(1, 2), [batch, count, heads * head_dim]), lse
+    return torch.ops.aten._unsafe_view(y.transpose(1, 2), [batch, count, heads * head_dim]), lse
 
 
-def _native_backward(
-    grad: Tensor, saved: Sequence[Tensor], args: tuple[Any, ...], needs: Sequence[bool]
-) -> Sequence[Tensor | None]:
-    qkv, rope, q_weight, q_bias, k_weight, k_bias, prefix, qk_norm, eps, first_query, num_queries, index = args
-    out, lse = saved
-    head_dim = qkv.shape[4]
-    first, count = _query_range(qkv, first_query, num_queries)
-    q, k, v = _native_prepare(args)
-    grad, out = grad.view(q.shape), out.view(q.shape)
-    dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    dq, dk, dv = dqkv.unbind(2)
+def _native_backward(a, out, g, d):
+    head_dim = a.qkv.shape[4]
+    first, count = a.first_query, _count(a)
+    q, k, v = _native_prepare(a)
+    grad, y = g.y.view(q.shape), out.y.view(q.shape)
+    dq, dk, dv = d.qkv.unbind(2)
     dq = dq[:, first : first + count]
-    in_place = _amx(q)
-    if in_place:
-        _native.lib().attention_bf16_bwd(q, k, v, out, grad, lse.transpose(1, 2), dq, dk, dv)
-        if rope is None and qk_norm == "none":
-            dqkv[:, :first, 0].zero_()
-            dqkv[:, first + count :, 0].zero_()
-            return [dqkv, *[None] * 11]
+    if _amx(q):
+        _native.lib().attention_bf16_bwd(q, k, v, y, grad, out.lse.transpose(1, 2), dq, dk, dv)
+        if a.rope is None and a.qk_norm == "none":
+            d.qkv[:, :first, 0].zero_()
+            d.qkv[:, first + count :, 0].zero_()
+            return
     else:
-        tensors = [x.transpose(1, 2) for x in (grad, q, k, v, out)]
-        if qkv.shape[1] <= _WIDE_BACKWARD:
+        tensors = [x.transpose(1, 2) for x in (grad, q, k, v, y)]
+        if a.qkv.shape[1] <= _WIDE_BACKWARD:
             tensors = [t.float() for t in tensors]
-        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*tensors, lse, 0.0, False)
-        dq, dk, dv = (g.to(qkv.dtype).transpose(1, 2) for g in grads)
-    drope = torch.empty_like(rope, memory_format=torch.contiguous_format) if needs[1] else None
-    dweights = qkv.new_empty(4, head_dim, dtype=torch.float32) if any(needs[2:6]) else None
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*tensors, out.lse, 0.0, False)
+        dq, dk, dv = (x.to(a.qkv.dtype).transpose(1, 2) for x in grads)
+    weights = (d.q_weight, d.q_bias, d.k_weight, d.k_bias)
+    dweights = None if weights == (None,) * 4 else a.qkv.new_empty(4, head_dim, dtype=torch.float32)
     _native.lib().rope_rotate_bwd(
-        qkv, rope, q_weight, q_bias, k_weight, k_bias, index, dq, dk, dv, dqkv, drope, dweights,
-        prefix, first, _NORMS.index(qk_norm), eps,
+        a.qkv, a.rope, a.q_weight, a.q_bias, a.k_weight, a.k_bias, a.index, dq, dk, dv, d.qkv, d.rope, dweights,
+        a.prefix, first, _NORMS.index(a.qk_norm), a.eps,
     )  # fmt: skip
-    rows = [None] * 4 if dweights is None else [r.clone() for r in dweights]
-    return [dqkv, drope, *rows, *[None] * 6]
+    for into, found in zip(weights, () if dweights is None else dweights):
+        if into is not None:
+            into.copy_(found)
 
 
 # ---- record --------------------------------------------------------------------------------------------------------
 
 
-def _check(
-    qkv: Tensor,
-    rope: Tensor | None,
-    q_weight: Tensor | None,
-    q_bias: Tensor | None,
-    k_weight: Tensor | None,
-    k_bias: Tensor | None,
-    prefix: int,
-    qk_norm: str,
-    eps: float,
-    first_query: int,
-    num_queries: int | None,
-    index: Tensor | None,
-) -> None:
-    if qkv.ndim != 5 or qkv.shape[2] != 3:
-        raise ValueError(f"rope_attention: qkv must be (B, N, 3, heads, head_dim), got {tuple(qkv.shape)}")
-    n, heads, head_dim = qkv.shape[1], qkv.shape[3], qkv.shape[4]
-    if rope is not None:
-        if head_dim % 2:
-            raise ValueError(f"rope_attention: rotation pairs channels, so head_dim must be even, got {head_dim}")
-        if rope.ndim != 4 or rope.shape[0] != 2 or rope.shape[1] not in (1, heads) or rope.shape[3] * 2 != head_dim:
+def _check(a):
+    n, heads, head_dim = a.qkv.shape[1], a.qkv.shape[3], a.qkv.shape[4]
+    if a.rope is not None:
+        if head_dim % 2 or a.rope.shape[3] * 2 != head_dim:
             raise ValueError(
-                f"rope_attention: rope must be (2, {heads} or 1, M, {head_dim // 2}) for {heads} heads of {head_dim}, "
-                f"got {tuple(rope.shape)}"
+                f"rope_attention: rotation pairs channels, so head_dim must be even and rope (2, {heads} or 1, M, "
+                f"head_dim / 2), got head_dim {head_dim} and rope {tuple(a.rope.shape)}"
             )
-        rotated = rope.shape[2]
-        if index is not None:
-            if index.ndim != 2 or index.shape[0] != qkv.shape[0]:
-                raise ValueError(f"rope_attention: index must be ({qkv.shape[0]}, M), got {tuple(index.shape)}")
-            rotated = index.shape[1]
-        if prefix < 0 or prefix + rotated > n:
+        rotated = a.rope.shape[2] if a.index is None else a.index.shape[1]
+        if a.prefix < 0 or a.prefix + rotated > n:
             raise ValueError(
-                f"rope_attention: {rotated} rotated tokens after a prefix of {prefix} do not fit in {n} tokens"
+                f"rope_attention: {rotated} rotated tokens after a prefix of {a.prefix} do not fit in {n} tokens"
             )
-    elif index is not None:
+    elif a.index is not None:
         raise ValueError("rope_attention: index names rows of rope, and there is no rope")
-    if qk_norm not in _NORMS:
-        raise ValueError(f"rope_attention: qk_norm must be one of {', '.join(_NORMS)}, got {qk_norm!r}")
-    for name, weight in (("q_weight", q_weight), ("q_bias", q_bias), ("k_weight", k_weight), ("k_bias", k_bias)):
-        if weight is None:
-            continue
-        if qk_norm == "none" or (qk_norm == "rms" and name.endswith("bias")):
-            raise ValueError(f"rope_attention: {name} has no meaning with qk_norm={qk_norm!r}")
-        if tuple(weight.shape) != (head_dim,):
-            raise ValueError(f"rope_attention: {name} must be ({head_dim},), got {tuple(weight.shape)}")
-    count = _query_range(qkv, first_query, num_queries)[1]
-    if first_query < 0 or count < 0 or first_query + count > n:
-        raise ValueError(f"rope_attention: queries {first_query} .. {first_query + count} are not within {n} tokens")
+    if a.qk_norm not in _NORMS:
+        raise ValueError(f"rope_attention: qk_norm must be one of {', '.join(_NORMS)}, got {a.qk_norm!r}")
+    for name in ("q_weight", "q_bias", "k_weight", "k_bias"):
+        if getattr(a, name) is not None and (a.qk_norm == "none" or (a.qk_norm == "rms" and name.endswith("bias"))):
+            raise ValueError(f"rope_attention: {name} has no meaning with qk_norm={a.qk_norm!r}")
+    first, count = a.first_query, _count(a)
+    if first < 0 or count < 0 or first + count > n:
+        raise ValueError(f"rope_attention: queries {first} .. {first + count} are not within {n} tokens")
 
 
-def _unsupported(backend: str, qkv: Tensor, *rest: Any) -> str | None:
-    batch, _n, _, heads, head_dim = qkv.shape
-    first_query, num_queries = rest[8:10]
-    if batch == 0 or heads == 0 or _query_range(qkv, first_query, num_queries)[1] == 0:
+def _why_not_native(a):
+    head_dim = a.qkv.shape[4]
+    if _count(a) == 0:
         return EMPTY
-    if backend == "native" and (head_dim % 2 or head_dim > 512):
-        return f"head_dim {head_dim}: the kernels take even ones up to 512"
-    if backend in ("flash_attn", "xformers"):
-        if backend == "flash_attn" and qkv.dtype == torch.float32:
-            return "flash_attn computes in 16 bits only, qkv is torch.float32"
-        if head_dim % 8 or head_dim > 256:
-            return f"head_dim {head_dim}: {backend} takes multiples of 8 up to 256"
-    if backend == "triton":
-        if head_dim % 8 or not 16 <= head_dim <= 128:
-            return f"head_dim {head_dim}: the kernels take multiples of 8 from 16 to 128"
-        if batch > 65535 or heads > 65535:
-            return f"{batch} x {heads} (batch x heads) exceeds a CUDA grid"
-    return None
+    return f"head_dim {head_dim}: the kernels take even ones up to 512" if head_dim % 2 or head_dim > 512 else None
 
 
-def _fake(name: str, *args: Any) -> tuple[Tensor, ...]:
-    qkv, first_query, num_queries = args[0], args[9], args[10]
-    batch, _n, _, heads, head_dim = qkv.shape
-    count = _query_range(qkv, first_query, num_queries)[1]
-    if name == "native":  # torch's CPU flash attention lays its log-sum-exp out as (B, Nq, heads)
-        lse = qkv.new_empty(batch, count, heads, dtype=torch.float32).transpose(1, 2)
+def _why_not_sdpa(a):
+    return EMPTY if _count(a) == 0 else over_grid(batch=a.qkv.shape[0], heads=a.qkv.shape[3])
+
+
+def _why_not_triton(a):
+    head_dim = a.qkv.shape[4]
+    if head_dim % 8 or not 16 <= head_dim <= 128:
+        return f"head_dim {head_dim}: the kernels take multiples of 8 from 16 to 128"
+    return _why_not_sdpa(a)
+
+
+def _why_not_xformers(a):
+    head_dim = a.qkv.shape[4]
+    if head_dim % 8 or head_dim > 256:
+        return f"head_dim {head_dim}: it takes multiples of 8 up to 256"
+    return _why_not_sdpa(a)
+
+
+def _why_not_flash(a):
+    if a.qkv.dtype == torch.float32:
+        return "flash_attn computes in 16 bits only, qkv is torch.float32"
+    return _why_not_xformers(a)
+
+
+def _out(a, backend):
+    batch, _n, _, heads, head_dim = a.qkv.shape
+    count = _count(a)
+    if backend == "native":  # torch's CPU flash attention lays its log-sum-exp out as (B, Nq, heads)
+        lse = a.qkv.new_empty(batch, count, heads, dtype=torch.float32).transpose(1, 2)
     else:  # the libraries' backwards save nothing
-        lse = qkv.new_empty(0 if name in ATTENTIONS else (batch, heads, count), dtype=torch.float32)
-    return qkv.new_empty(batch, count, heads * head_dim), lse
+        lse = a.qkv.new_empty(0 if backend in ATTENTIONS else (batch, heads, count), dtype=torch.float32)
+    return a.qkv.new_empty(batch, count, heads * head_dim), lse
 
 
-def _case(
+def _traffic(a):
+    size = a.qkv.element_size() * a.qkv.shape[0] * a.qkv.shape[3] * a.qkv.shape[4] * 2 * (a.qkv.shape[1] + _count(a))
+    return size + sum(t.nbytes for t in (a.rope, a.index) if t is not None)
+
+
+def _sample(
     label: str,
     shape: tuple[int, int, int, int],
     rotated: int = 0,
@@ -333,59 +319,52 @@ def _case(
     return Sample(label, make, real)
 
 
-def _samples() -> Iterable[Sample]:
-    yield _case("encoder: cls, image, latents", (2, 1 + 36 + 9, 3, 64), 36, 1)
-    yield _case("last encoder block: latents only", (1, 1 + 20 + 11, 2, 64), 20, 1, first=21)
-    yield _case("last decoder block: image only", (1, 20 + 12, 2, 64), 20, 0, count=20)
-    yield _case("axial, shared by heads", (2, 70, 2, 32), 70, 0, shared=True)
-    yield _case("head_dim 72, no rotation", (1, 130, 2, 72))
-    yield _case("head_dim 72, axial, RMS q/k norm", (1, 49, 2, 72), 49, 0, shared=True, norm="rms")
-    yield _case("LayerNorm q/k norm with rotation", (2, 33, 2, 24), 16, 1, norm="layer")
-    yield _case("LayerNorm q/k norm, pruned", (1, 17, 1, 16), norm="layer", first=4, count=9)
-    yield _case("dropped tokens keep their rows", (3, 1 + 6 + 3, 2, 16), 6, 1, grid=9)
-    yield _case("dropped tokens, shared, norm, pruned", (2, 8, 2, 16), 5, 0, True, "rms", first=1, count=5, grid=7)
-    yield _case("one token", (1, 1, 1, 16))
-    for batch, label, n, heads, head_dim, rotated, prefix in (
-        (4, "MAETok-B encoder 256 px", 385, 12, 64, 256, 1),
-        (4, "MAETok-B encoder 512 px", 1153, 12, 64, 1024, 1),
-        (4, "SiT-XL 128 tokens", 128, 16, 72, 0, 0),
-        (4, "SiT-XL/2 1024 tokens", 1024, 16, 72, 0, 0),
-    ):
-        yield _case(label, (batch, n, heads, head_dim), rotated, prefix, real=True)
-    yield _case("MAETok-B encoder 256 px, half dropped", (4, 257, 12, 64), 128, 1, grid=256, real=True)
-    yield _case("LightningDiT-XL 256 tokens", (4, 256, 16, 72), 256, 0, shared=True, norm="rms", real=True)
-
-
-def _cost(qkv: Tensor, rope: Tensor | None = None, *rest: Any, **named: Any) -> Cost:
-    batch, n, _, heads, head_dim = qkv.shape
-    _first, count = _query_range(qkv, named.get("first_query", 0), named.get("num_queries"))
-    width = batch * heads * head_dim
-    index = named.get("index")
-    table = (0 if rope is None else 4 * rope.numel()) + (0 if index is None else 8 * index.numel())
-    size = qkv.element_size()
-    return Cost(4 * width * count * n, size * width * (2 * n + 2 * count) + table, 1)
-
-
 rope_attention = Op(
     "rope_attention",
     ref=rope_attention_ref,
-    cpu=(Backend("native", _native_forward, _native_backward, library="native"),),
-    cuda=(
-        Backend("triton", triton_forward, triton_backward, library="triton"),
-        *(
-            Backend(name, library_forward(name, _prepared), library_backward(name, _prepared), library=library)
-            for name, library in (("flash_attn", "flash_attn"), ("xformers", "xformers"), ("sdpa", None))
-        ),
-    ),
-    prefer=lambda qkv, *_: attention_order(qkv.shape[1]),
-    fake=_fake,
-    saved=1,
-    keep_output=True,
+    shapes={
+        "qkv": "B N 3 H E",
+        "rope": "2 H M F | 2 1 M F",
+        "index": "B K",
+        **dict.fromkeys(("q_weight", "q_bias", "k_weight", "k_bias"), "E"),
+    },
     check=_check,
-    unsupported=_unsupported,
-    samples=_samples,
-    cost=_cost,
-    autocast="lower",
-    own_dtypes={"index": (torch.int64,)},
-    fp32=frozenset({"rope", "q_weight", "q_bias", "k_weight", "k_bias"}),
+    roles={
+        "qkv": "lowered",
+        "index": (torch.int64,),
+        **dict.fromkeys(("rope", "q_weight", "q_bias", "k_weight", "k_bias"), "fp32"),
+    },
+    out=_out,
+    saved=("lse",),
+    keep_output=True,
+    written=("qkv",),
+    cpu=[Backend("native", _native_forward, _native_backward, _why_not_native, allocates=True)],
+    cuda=[
+        Backend("triton", triton_forward, triton_backward, _why_not_triton),
+        library("flash_attn", _prepared, _why_not_flash),
+        library("xformers", _prepared, _why_not_xformers),
+        library("sdpa", _prepared, _why_not_sdpa),
+    ],
+    prefer=lambda a: attention_order(a.qkv.shape[1]),
+    samples=[
+        _sample("encoder: cls, image, latents", (2, 1 + 36 + 9, 3, 64), 36, 1),
+        _sample("last encoder block: latents only", (1, 1 + 20 + 11, 2, 64), 20, 1, first=21),
+        _sample("last decoder block: image only", (1, 20 + 12, 2, 64), 20, 0, count=20),
+        _sample("axial, shared by heads", (2, 70, 2, 32), 70, 0, shared=True),
+        _sample("head_dim 72, no rotation", (1, 130, 2, 72)),
+        _sample("head_dim 72, axial, RMS q/k norm", (1, 49, 2, 72), 49, 0, shared=True, norm="rms"),
+        _sample("LayerNorm q/k norm with rotation", (2, 33, 2, 24), 16, 1, norm="layer"),
+        _sample("LayerNorm q/k norm, pruned", (1, 17, 1, 16), norm="layer", first=4, count=9),
+        _sample("dropped tokens keep their rows", (3, 1 + 6 + 3, 2, 16), 6, 1, grid=9),
+        _sample("dropped tokens, shared, norm, pruned", (2, 8, 2, 16), 5, 0, True, "rms", first=1, count=5, grid=7),
+        _sample("one token", (1, 1, 1, 16)),
+        _sample("MAETok-B encoder 256 px", (4, 385, 12, 64), 256, 1, real=True),
+        _sample("MAETok-B encoder 512 px", (4, 1153, 12, 64), 1024, 1, real=True),
+        _sample("SiT-XL 128 tokens", (4, 128, 16, 72), real=True),
+        _sample("SiT-XL/2 1024 tokens", (4, 1024, 16, 72), real=True),
+        _sample("MAETok-B encoder 256 px, half dropped", (4, 257, 12, 64), 128, 1, grid=256, real=True),
+        _sample("LightningDiT-XL 256 tokens", (4, 256, 16, 72), 256, 0, shared=True, norm="rms", real=True),
+    ],
+    flops=lambda a: 4 * a.qkv.shape[0] * a.qkv.shape[3] * a.qkv.shape[4] * _count(a) * a.qkv.shape[1],
+    traffic=_traffic,
 )

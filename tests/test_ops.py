@@ -11,7 +11,6 @@ import contextlib
 import copy
 import dataclasses
 import pickle
-import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,15 +18,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from maetok_fast.kernels import Backend, BackendError, Op, Sample, _native, backend, ops
-from maetok_fast.kernels import _op as op_module
+from maetok_fast.kernels import Backend, BackendError, Op, Sample, _dispatch, _native, backend, ops
+from maetok_fast.kernels._drive import launch, launch_backward, make
+from maetok_fast.kernels._record import EMPTY
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OPS = list(ops().values())
 
 
 def small(op: Op) -> list[Sample]:
-    return [s for s in op.samples() if not s.real]
+    return [s for s in op.samples if not s.real]
 
 
 def few(op: Op, name: str) -> list[Sample]:
@@ -39,7 +39,7 @@ def _runs() -> Iterator[Any]:
     """(op, backend, device) for every backend; the CPU runs Triton in the interpreter."""
     for op in OPS:
         for device, name in [
-            ("cpu", b.name) for b in op.all_backends() if b.library in ("native", "triton", "cuda")
+            ("cpu", b.name) for b in op.backends if b.name in ("native", "triton", "cuda")
         ] + [("cuda", b.name) for b in op.cuda]:
             marks = [pytest.mark.gpu] if device == "cuda" else []
             yield pytest.param(op, name, device, id=f"{op.name}-{name}-{device}", marks=marks)
@@ -53,20 +53,10 @@ GRAD_OPS = [op for op in OPS if op.differentiable]
 
 def need(op: Op, name: str, device: str) -> Backend:
     """The backend, or a skip that says what this machine lacks."""
-    found = next(b for b in op.all_backends() if b.name == name)
-    reason = op_module._why_missing(found.library, device)
+    reason = _dispatch.why_missing(name, device)
     if reason is not None:
         pytest.skip(f"{name}: {reason}")
-    return found
-
-
-def make(op: Op, sample: Sample, dtype: torch.dtype, device: str = "cpu", salt: str = "") -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{op.name} {sample.label} {salt}".encode()))
-
-    def randn(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device, dtype)
-
-    return sample.make(randn)
+    return op.backend(name)
 
 
 def leaves(op: Op, args: dict[str, Any], dtype: torch.dtype | None = None) -> dict[str, Any]:
@@ -83,7 +73,8 @@ def leaves(op: Op, args: dict[str, Any], dtype: torch.dtype | None = None) -> di
 
 def takes(op: Op, name: str, value: Tensor, dtype: torch.dtype) -> bool:
     """Whether this floating-point argument may be given in `dtype`."""
-    return value.is_floating_point() and dtype in op.own_dtypes.get(name, (dtype,))
+    role = op.role(name)
+    return value.is_floating_point() and (not isinstance(role, tuple) or dtype in role)
 
 
 def tensors(args: dict[str, Any]) -> dict[str, Tensor]:
@@ -92,7 +83,7 @@ def tensors(args: dict[str, Any]) -> dict[str, Tensor]:
 
 def ruled(op: Op, args: dict[str, Any]) -> dict[str, Tensor]:
     """The tensors that the op's dtype rule decides on."""
-    return {k: v for k, v in tensors(args).items() if k not in op.own_dtypes and k not in op.fp32}
+    return {k: v for k, v in tensors(args).items() if op.role(k) in ("stream", "lowered", "as given")}
 
 
 def outputs_of(out: Any) -> tuple[Tensor, ...]:
@@ -164,37 +155,34 @@ def test_buffers_are_filled_and_not_overrun_in_any_program_order(op: Op, name: s
     """NaN-poisoned allocations between sentinels, programs in random order: same results, nothing outside touched."""
     from maetok_fast.kernels._interpreter import red_zones, shuffled_programs
 
-    found = need(op, name, device)
+    need(op, name, device)
     for seed, sample in enumerate(small(op)):
-        bound = op._coerce(op.bind((), make(op, sample, torch.float32)))
-        plain = launch(op, found, bound)
-        with red_zones(), shuffled_programs(seed) if name == "triton" else shuffled_threads(found.library, seed):
-            guarded = launch(op, found, bound)
-        for a, b in zip(plain, guarded):
-            assert same(a, b), sample.label
+        a = op.arguments(**make(op, sample, torch.float32))
+        plain = everything(op, name, a)
+        with red_zones(), shuffled_programs(seed) if name == "triton" else shuffled_threads(name, seed):
+            guarded = everything(op, name, a)
+        for x, y in zip(plain, guarded):
+            assert same(x, y), sample.label
 
 
 @contextlib.contextmanager
-def shuffled_threads(library: str | None, seed: int) -> Iterator[None]:
+def shuffled_threads(name: str, seed: int) -> Iterator[None]:
     """Emulated CUDA kernels: blocks and threads in another order than without (the kind one, 0, outside)."""
-    if library == "cuda":
+    if name == "cuda":
         _native.cuda().emulator_seed(seed + 1)
     yield
-    if library == "cuda":
+    if name == "cuda":
         _native.cuda().emulator_seed(0)
 
 
-def launch(op: Op, found: Backend, bound: tuple[Any, ...]) -> list[Tensor]:
-    """A backend's launchers, forward and backward, called directly."""
-    results = list(found.forward(*bound))
-    out, saved = results[: op.outputs], results[op.outputs :]
-    if found.backward is None:
+def everything(op: Op, name: str, a: Any) -> list[Tensor]:
+    """The outputs and gradients of a backend's kernels, called directly."""
+    results = launch(op, name, a)
+    out = list(results[: len(op.outputs)])
+    if not op.differentiable:
         return out
-    needs = op.asked(bound)
-    ones = tuple(torch.ones_like(o) for o in out[: op.outputs - op.detached])
-    kept = results if op.keep_output else saved
-    grads = found.backward(ones if op.outputs > 1 else ones[0], kept, bound, needs)
-    return [*out, *[g for g, n in zip(grads, needs) if n and g is not None]]
+    grads = launch_backward(op, name, a, results)
+    return [*out, *[g for g, n in zip(grads, op.asked(a)) if n]]
 
 
 @pytest.mark.parametrize(("op", "name", "device"), RUNS)
@@ -236,7 +224,7 @@ def test_any_subset_of_gradients(op: Op, name: str, device: str) -> None:
             torch.testing.assert_close(grad, together[f"d_{wanted}"], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("op", "name", "device"), [r for r in GRAD_RUNS if r.values[0].outputs > 1])
+@pytest.mark.parametrize(("op", "name", "device"), [r for r in GRAD_RUNS if len(r.values[0].outputs) > 1])
 def test_each_output_has_its_own_gradient(op: Op, name: str, device: str) -> None:
     """An output that nobody differentiates counts as a gradient of zeros."""
     need(op, name, device)
@@ -262,8 +250,8 @@ def test_opcheck(op: Op, name: str, device: str) -> None:
     """Schema, autograd registration, fake tensors and AOT dispatch, as torch checks them."""
     need(op, name, device)
     sample = small(op)[0]
-    bound = op._coerce(op.bind((), leaves(op, make(op, sample, torch.float32, device))))
-    torch.library.opcheck(op._forward_op, (name, *bound))
+    a = op.arguments(**leaves(op, make(op, sample, torch.float32, device)))
+    torch.library.opcheck(op._forward_op, (name, *a))
 
 
 @pytest.mark.parametrize(("op", "name", "device"), RUNS)
@@ -291,7 +279,7 @@ def test_autocast_rule(op: Op) -> None:
         args = make(op, sample, torch.float32)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             under = outputs_of(op(**args))
-        lower = {k: v.bfloat16() for k, v in ruled(op, args).items()} if op.autocast == "lower" else {}
+        lower = {k: v.bfloat16() for k, v in ruled(op, args).items()} if lowers(op) else {}
         for a, b in zip(under, outputs_of(op(**(args | lower)))):
             assert a.dtype == b.dtype
             assert same(a, b)
@@ -299,7 +287,11 @@ def test_autocast_rule(op: Op) -> None:
             assert under[0].dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("op", [o for o in OPS if o.autocast == "promote"], ids=lambda o: o.name)
+def lowers(op: Op) -> bool:
+    return any(op.role(name) == "lowered" for name in op.names)
+
+
+@pytest.mark.parametrize("op", [o for o in OPS if not lowers(o)], ids=lambda o: o.name)
 def test_mixed_dtypes_promote_as_in_torch(op: Op) -> None:
     for sample in small(op):
         args = make(op, sample, torch.float32)
@@ -317,7 +309,7 @@ def test_mixed_dtypes_promote_as_in_torch(op: Op) -> None:
 @pytest.mark.parametrize("op", GRAD_OPS, ids=lambda o: o.name)
 def test_double_backward_is_refused_in_words(op: Op) -> None:
     args = leaves(op, make(op, small(op)[0], torch.float32))
-    chosen = op.choose(op._coerce(op.bind((), args)))
+    chosen = op.choose(**args)
     if chosen == "reference":
         pytest.skip("no kernels here: plain torch differentiates twice")
     last = [v for v in tensors(args).values() if v.requires_grad][-1]
@@ -367,9 +359,9 @@ def test_leaving_contexts_in_another_order_leaves_nothing_forced() -> None:
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
-    assert op_module.forced_backend() == "reference"
+    assert _dispatch.forced_backend() == "reference"
     second.__exit__(None, None, None)
-    assert op_module.forced_backend() is None
+    assert _dispatch.forced_backend() is None
 
 
 def test_a_symbolic_batch_is_not_tied_to_the_width() -> None:
@@ -392,7 +384,7 @@ def test_empty_batch_uses_the_reference_and_keeps_shapes(op: Op) -> None:
     if first.ndim == 1:
         pytest.skip("no batch dimension")
     empty = {
-        k: v[:0] if isinstance(v, Tensor) and k not in op.fp32 and v.shape[:1] == first.shape[:1] else v
+        k: v[:0] if isinstance(v, Tensor) and op.role(k) != "fp32" and v.shape[:1] == first.shape[:1] else v
         for k, v in args.items()
     }
     for out, full in zip(outputs_of(op(**empty)), outputs_of(op(**args))):
@@ -402,10 +394,10 @@ def test_empty_batch_uses_the_reference_and_keeps_shapes(op: Op) -> None:
 
 def test_strict_mode_raises_instead_of_falling_back(monkeypatch: pytest.MonkeyPatch) -> None:
     op = ops()["adaln"]
-    monkeypatch.setattr(op_module._State, "strict", True)
+    monkeypatch.setattr(_dispatch._State, "strict", True)
     with pytest.raises(BackendError, match="float64"):
         op(torch.zeros(1, 2, 8, dtype=torch.float64))
-    if op_module._why_missing("native", "cpu") is None:
+    if _dispatch.why_missing("native", "cpu") is None:
         assert op(torch.zeros(0, 2, 8)).shape == (0, 2, 8)
 
 
@@ -422,11 +414,11 @@ def test_forced_backend_that_cannot_run_says_why() -> None:
 def test_reason_names_each_backend() -> None:
     reasons = ops()["rope_attention"].reason(torch.zeros(0, 2, 3, 1, 64))
     assert set(reasons) == {"native"}
-    assert reasons["native"] == (op_module._why_missing("native", "cpu") or op_module.EMPTY)
+    assert reasons["native"] == (_dispatch.why_missing("native", "cpu") or EMPTY)
 
 
 def test_a_fallback_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    op_module._LOGGED.clear()
+    _dispatch._LOGGED.clear()
     with caplog.at_level("DEBUG", logger="maetok_fast"):
         for _ in range(3):
             ops()["adaln"](torch.zeros(1, 2, 8, dtype=torch.float64))
@@ -471,14 +463,13 @@ def test_one_name_is_registered_once() -> None:
 def test_records_are_complete(op: Op) -> None:
     """A docstring, small and real samples with distinct labels, and a cost that counts at least inputs and output."""
     assert op.__doc__
-    labels = [s.label for s in op.samples()]
+    labels = [s.label for s in op.samples]
     assert len(set(labels)) == len(labels)
-    assert any(s.real for s in op.samples())
+    assert any(s.real for s in op.samples)
     assert small(op)
     for sample in small(op):
         args = make(op, sample, torch.float32)
         cost = op.cost(**args)
         assert cost.flops >= 0
-        assert cost.launches >= 1
         assert cost.bytes >= sum(o.nbytes for o in outputs_of(op(**args))) + tensors(args)[op.names[0]].numel()
-    assert [name for name, _ in op.backends("cpu")][-1] == "reference"
+    assert [name for name, _ in op.usable("cpu")][-1] == "reference"
