@@ -204,9 +204,10 @@ def backward(a: Any, out: Any, g: Any, d: Any) -> None:
         return into if into is None or name in whole else a.x.new_empty(batch, grid[0], width, dtype=torch.float32)
 
     partial = {name: sums(name) for name in ("gate", "shift", "scale", "weight", "bias")}
+    branch, gate = getattr(a, "branch", None), getattr(a, "gate", None)
     _adaln_bwd_kernel[grid](
-        getattr(g, "h", None), g.y, a.x, getattr(a, "branch", None), getattr(a, "gate", None), a.scale, a.weight, a.bias,
-        out.stats, d.x, getattr(d, "branch", None), *partial.values(), n, _tokens(a), a.offset, CHUNK=chunk, **flags,
+        getattr(g, "h", None), g.y, a.x, branch, gate, a.scale, a.weight, a.bias, out.stats, d.x,
+        getattr(d, "branch", None), *partial.values(), n, _tokens(a), a.offset, CHUNK=chunk, **flags,
         **row_options(width),
     )  # fmt: skip
     for name, found in partial.items():

@@ -43,7 +43,6 @@ __all__ = [
 
 log = logging.getLogger("maetok_fast")
 
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # What a library of attention must offer, not only be called: an uninstall leaves empty folders behind.
 _PACKAGES = {
     "flash_attn": ("flash_attn", "flash_attn_func"),
@@ -99,14 +98,15 @@ def has_tangent(values: Iterable[Any]) -> bool:
     return any(isinstance(v, Tensor) and torch._VF._unpack_dual(v, level=0)[1] is not None for v in values)  # type: ignore[attr-defined]
 
 
-def transformed(values: Iterable[Any]) -> bool:
-    """Whether a torch.func transform of this thread, or a tangent of one of the values, wants plain torch. While a graph
-    is traced nothing does: the custom op in it answers when it runs (`_registration`)."""
+def transformed(values: Iterable[Any], in_graph: bool = False) -> bool:
+    """Whether a torch.func transform of this thread, or a tangent of one of the values, wants plain torch. While a
+    graph is traced nothing does: the custom op in it answers when it runs (`_registration`); in_graph: it may be that,
+    and each value is looked at, which takes a microsecond."""
     if torch.compiler.is_compiling():
         return False
     if torch._C._functorch.maybe_current_level() is not None:
         return True
-    return forward_ad._current_level >= 0 and has_tangent(values)
+    return (in_graph or forward_ad._current_level >= 0) and has_tangent(values)
 
 
 def why_missing(name: str, device: str) -> str | None:
@@ -187,19 +187,8 @@ def ordered(record: Record[..., Any], device: str, a: Any) -> Sequence[Backend]:
 
 def why_not(record: Record[..., Any], name: str, a: Any) -> str | None:
     """Why backend `name` does not compute these arguments here, or None."""
-    device = a[0].device
-    reason = why_missing(name, device.type)
-    if reason is not None:
-        return reason
-    empty = False
-    for at, role, value in zip(record.names, record.roles_in_order, a):
-        if isinstance(value, Tensor):
-            if value.device != device:
-                return f"{at} is on {value.device} and {record.names[0]} on {device}"
-            if value.dtype == torch.float64 if isinstance(role, tuple) else value.dtype not in KERNEL_DTYPES:
-                return f"{at} is {value.dtype}; the kernels take float32, bfloat16 and float16"
-            empty = empty or value.numel() == 0
-    return EMPTY if empty else record.backend(name).why_not(a)
+    reason = why_missing(name, a[0].device.type)
+    return record.unsupported(name, a) if reason is None else reason
 
 
 def choose(record: Record[..., Any], a: Any) -> str:

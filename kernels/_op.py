@@ -42,8 +42,8 @@ def ops() -> dict[str, Op[..., Any]]:
 
 @dataclass(eq=False)
 class Op(Record[P, R]):
-    """A `Record` that computes: calling it computes the op with the best backend for these inputs, with the signature of
-    `ref`. Raises TypeError and ValueError as `ref`'s docstring says, BackendError as `_dispatch` does."""
+    """A `Record` that computes: calling it, with `ref`'s signature, computes the op with the best backend for these
+    inputs. Raises TypeError and ValueError as `ref`'s docstring says, BackendError as `_dispatch` does."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -34,6 +34,7 @@ TOKEN_SHAPES = (
     (4, 128, 1152, "SiT-XL 128 tokens"),
     (4, 1024, 1152, "SiT-XL/2 1024 tokens"),
 )
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RECORDS: dict[str, Any] = {}  # every record made, by name
 
 # What each annotation of a reference accepts.
@@ -240,6 +241,18 @@ class Record(Generic[P, R]):
             raise BackendError(f"{self.name} has no backend {name!r}")
         return self.known[name]
 
+    def unsupported(self, name: str, a: Any) -> str | None:
+        """Why backend `name` does not take these arguments, on whatever machine, or None."""
+        device, empty = a[0].device, False
+        for at, role, value in zip(self.names, self.roles_in_order, a):
+            if isinstance(value, Tensor):
+                if value.device != device:
+                    return f"{at} is on {value.device} and {self.names[0]} on {device}"
+                if value.dtype == torch.float64 if isinstance(role, tuple) else value.dtype not in _KERNEL_DTYPES:
+                    return f"{at} is {value.dtype}; the kernels take float32, bfloat16 and float16"
+                empty = empty or value.numel() == 0
+        return EMPTY if empty else self.backend(name).why_not(a)
+
     def results(self, a: Any, backend: str) -> Any:
         """Outputs and saved tensors of a call, empty, as `Results`."""
         if self.out is None:
@@ -262,8 +275,8 @@ class Record(Generic[P, R]):
 
 
 def _fits(shape: Sequence[int], way: tuple[str, ...], sizes: dict[str, Any]) -> bool:
-    """Whether the shape is this one, by rank first: comparing sizes of different meaning would tie a symbolic batch to a
-    width. New letters are entered into `sizes`."""
+    """Whether the shape is this one, by rank first: comparing sizes of different meaning would tie a symbolic batch to
+    a width. New letters are entered into `sizes`."""
     if way[:1] == ("...",):
         way = way[1:]
         if len(shape) < len(way):

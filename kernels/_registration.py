@@ -82,7 +82,7 @@ def compute_backward(
 ) -> Any:
     """Runs backend `name` backward: a gradient for each argument that needs one, as `Args`, None elsewhere.
 
-    kept: the saved tensors, behind the outputs where the record keeps them. grads: of the outputs that are not detached.
+    kept: the saved tensors, behind the outputs where the record keeps them. grads: of the outputs not detached.
     """
     if grads[0].is_cuda:
         with torch.cuda.device_of(grads[0]):

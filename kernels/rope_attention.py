@@ -106,7 +106,7 @@ def _count(a: Any) -> int:
 
 def _attention_ref(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """(B, heads, Nq, head_dim) each. torch's fused attention has no forward-mode derivative: written out for that."""
-    if transformed((q, k, v)):
+    if transformed((q, k, v), in_graph=True):
         return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
@@ -323,10 +323,10 @@ rope_attention = Op(
     "rope_attention",
     ref=rope_attention_ref,
     shapes={
-        "qkv": "B N 3 H E",
-        "rope": "2 H M F | 2 1 M F",
-        "index": "B K",
-        **dict.fromkeys(("q_weight", "q_bias", "k_weight", "k_bias"), "E"),
+        "qkv": "B N 3 heads head_dim",
+        "rope": "2 heads R F | 2 1 R F",
+        "index": "B M",
+        **dict.fromkeys(("q_weight", "q_bias", "k_weight", "k_bias"), "head_dim"),
     },
     check=_check,
     roles={

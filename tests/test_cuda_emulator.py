@@ -316,12 +316,12 @@ def drive(seeds: tuple[int, ...] = (1,)) -> set[str]:
         for seed in seeds:
             module.emulator_seed(seed)
             for op in test_ops.OPS:
-                for found in (b for b in op.all_backends() if b.library == "cuda"):
+                if "cuda" in op.known:
                     for sample in test_ops.small(op):
                         for dtype in test_ops.DTYPES:
-                            bound = op._coerce(op.bind((), test_ops.make(op, sample, dtype)))
-                            if op.unsupported(found.name, *bound) is None:
-                                test_ops.launch(op, found, bound)
+                            a = op.arguments(**test_ops.make(op, sample, dtype))
+                            if op.unsupported("cuda", a) is None:
+                                test_ops.everything(op, "cuda", a)
     finally:
         _native._load_cuda = before
     return {name for name in module.names if name.endswith("_cuda")}

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from maetok_fast import kernels
-from maetok_fast.kernels import BackendError, Fp8Linear, adaln, adaln_linear_fp8, backend, why_not_fp8
-from maetok_fast.kernels import _op as op_module
+from maetok_fast.kernels import BackendError, Fp8Linear, _dispatch, adaln, adaln_linear_fp8, backend, why_not_fp8
 from maetok_fast.kernels import fp8_linear as module
 from maetok_fast.kernels._triton import why_no_triton
 from maetok_fast.kernels.fp8 import E4M3, E5M2, adaln_quantize_ref, fp8_quantize_columns_ref, fp8_quantize_ref
@@ -192,8 +191,14 @@ def test_errors_in_words() -> None:
         (lambda: kernels.fp8_quantize(x, "e3m4"), "kind must be one of e4m3, e5m2, got 'e3m4'"),
         (lambda: kernels.fp8_quantize(x, "e4m3", "column"), "per must be one of row, tensor"),
         (lambda: kernels.fp8_quantize(x, "e4m3", "tensor", torch.ones(16)), "factor goes with per='row'"),
-        (lambda: kernels.fp8_quantize(x, "e4m3", "row", torch.ones(2)), r"factor must be \(16,\), got \(2,\)"),
-        (lambda: kernels.fp8_quantize_columns(x, "e4m3", torch.ones(16)), r"factor must be \(2,\), got \(16,\)"),
+        (
+            lambda: kernels.fp8_quantize(x, "e4m3", "row", torch.ones(2)),
+            r"factor must be \(K,\) with K = 16",
+        ),
+        (
+            lambda: kernels.fp8_quantize_columns(x, "e4m3", torch.ones(16)),
+            r"factor must be \(M,\) with M = 2",
+        ),
         (lambda: kernels.fp8_quantize_columns(x[0]), r"x must be \(M, K\), got \(16,\)"),
         (lambda: Fp8Linear(16, 16, scaling="block"), "unknown scaling 'block': expected one of row, tensor"),
     ):
@@ -206,8 +211,13 @@ def test_old_architectures_are_told() -> None:
 
     with pretend_arch(80):
         for op, x in ((kernels.fp8_quantize, torch.zeros(2, 16)), (kernels.adaln_quantize, torch.zeros(1, 2, 16))):
-            assert "compute capability 8.9" in str(op.unsupported("triton", *op.bind((x,), {})))
-        assert kernels.transpose_pad.unsupported("triton", torch.zeros(2, 16, dtype=torch.uint8)) is None
+            assert "compute capability 8.9" in str(op.unsupported("triton", op.arguments(x)))
+        assert (
+            kernels.transpose_pad.unsupported(
+                "triton", kernels.transpose_pad.Args(torch.zeros(2, 16, dtype=torch.uint8))
+            )
+            is None
+        )
 
 
 # ---- the products --------------------------------------------------------------------------------------------------
@@ -530,19 +540,19 @@ def test_why_not_by_hardware(
 def test_fallbacks_are_nn_linear_and_say_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     x = torch.randn(3, 64)
     for linear in (Fp8Linear(64, 32), Fp8Linear(64, 40, emulate=True), Fp8Linear(64, 32, emulate=True).double()):
-        op_module._LOGGED.clear()
+        _dispatch._LOGGED.clear()
         caplog.clear()
         given = x.to(linear.weight.dtype)
         with caplog.at_level(logging.DEBUG, logger="maetok_fast"):
             for _ in range(3):
                 assert torch.equal(linear(given), F.linear(given, linear.weight, linear.bias))
         assert len([r for r in caplog.records if "Fp8Linear" in r.message]) == 1
-        monkeypatch.setattr(op_module._State, "strict", True)
-        with pytest.raises(BackendError, match="MAETOK_FAST_STRICT=1 and FP8 cannot take this layer"):
+        monkeypatch.setattr(_dispatch._State, "strict", True)
+        with pytest.raises(BackendError, match="Fp8Linear: MAETOK_FAST_STRICT=1 and no kernel can take these inputs"):
             linear(given)
-        monkeypatch.setattr(op_module._State, "strict", False)
+        monkeypatch.setattr(_dispatch._State, "strict", False)
     linear = Fp8Linear(64, 32, emulate=True)
-    monkeypatch.setattr(op_module._State, "strict", True)
+    monkeypatch.setattr(_dispatch._State, "strict", True)
     assert linear(x[:0]).shape == (0, 32)
     linear(x).sum().backward()
 

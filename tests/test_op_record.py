@@ -4,15 +4,15 @@ masks and integers among the inputs, nothing to differentiate."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from maetok_fast.kernels import Backend, Cost, Op, backend
-from maetok_fast.kernels import _op as op_module
+from maetok_fast.kernels import Backend, Op, _dispatch, backend
+from maetok_fast.kernels._record import RECORDS
 
 
 def toy_ref(x: Tensor, mask: Tensor, flag: bool = True) -> tuple[Tensor, Tensor, Tensor]:
@@ -21,11 +21,13 @@ def toy_ref(x: Tensor, mask: Tensor, flag: bool = True) -> tuple[Tensor, Tensor,
     return y, y * (2 if flag else 1), x.mean(1).detach()
 
 
-def toy_backward(
-    grads: tuple[Tensor, ...], saved: Sequence[Tensor], args: tuple[Any, ...], needs: Sequence[bool]
-) -> Sequence[Tensor | None]:
-    first, second = grads
-    return [torch.where(args[1], first + 2 * second, 0 * first), None, None]
+def toy_forward(a: Any, out: Any) -> None:
+    for into, value in zip(out, toy_ref(*a)):
+        into.copy_(value)
+
+
+def toy_backward(a: Any, out: Any, g: Any, d: Any) -> None:
+    d.x.copy_(torch.where(a.mask, g.y + 2 * g.z, 0 * g.y))
 
 
 def toy_numbers_ref(seed: Tensor, count: int) -> Tensor:
@@ -35,35 +37,33 @@ def toy_numbers_ref(seed: Tensor, count: int) -> Tensor:
 
 @pytest.fixture(scope="module")
 def toys() -> Iterator[tuple[Op, Op]]:
-    before = dict(op_module._RECORDS)
-    shared: dict[str, Any] = {
-        "check": lambda *args: None,
-        "unsupported": lambda *args: None,
-        "samples": lambda: [],
-        "cost": lambda **named: Cost(0, 1),
-    }
+    before = dict(RECORDS)
     toy = Op(
         "toy",
         ref=toy_ref,
-        cpu=(Backend("native", toy_ref, toy_backward),),
-        fake=lambda name, x, mask, flag: (torch.empty_like(x), torch.empty_like(x), x.new_empty(x.shape[0])),
-        outputs=3,
-        detached=1,
-        own_dtypes={"mask": (torch.bool,)},
-        **shared,
+        shapes={"x": "B N", "mask": "B N"},
+        roles={"mask": (torch.bool,)},
+        out=lambda a, backend: (torch.empty_like(a.x), torch.empty_like(a.x), a.x.new_empty(a.x.shape[0])),
+        outputs=("y", "z", "mean"),
+        detached=("mean",),
+        cpu=[Backend("native", toy_forward, toy_backward)],
+        samples=[],
+        flops=lambda a: 0,
     )
     numbers = Op(
         "toy_numbers",
         ref=toy_numbers_ref,
-        cpu=(Backend("native", lambda *args: (toy_numbers_ref(*args),), None),),
-        fake=lambda name, seed, count: (seed.new_empty(count, dtype=torch.bool),),
+        shapes={"seed": "1"},
+        roles={"seed": (torch.int64,)},
+        out=lambda a, backend: (a.seed.new_empty(a.count, dtype=torch.bool),),
+        cpu=[Backend("native", lambda a, out: out.y.copy_(toy_numbers_ref(*a)))],
         differentiable=False,
-        own_dtypes={"seed": (torch.int64,)},
-        **shared,
+        samples=[],
+        flops=lambda a: 0,
     )
     yield toy, numbers
-    op_module._RECORDS.clear()
-    op_module._RECORDS.update(before)
+    RECORDS.clear()
+    RECORDS.update(before)
 
 
 def test_detached_outputs_and_absent_gradients(toys: tuple[Op, Op]) -> None:
@@ -117,6 +117,29 @@ def test_integer_inputs_are_checked_and_left_alone(toys: tuple[Op, Op]) -> None:
 def test_the_cuda_backend_says_what_is_missing() -> None:
     from maetok_fast.kernels import _native
 
-    reason = op_module._why_missing("cuda", "cuda")
+    reason = _dispatch.why_missing("cuda", "cuda")
     assert reason == _native.why_no_cuda("cuda")
     assert reason is None or isinstance(reason, str)
+
+
+def test_a_record_that_does_not_fit_its_formula_is_refused() -> None:
+    shared: dict[str, Any] = {"samples": [], "flops": lambda a: 0}
+    with pytest.raises(ValueError, match=r"op 'wrong': the names \['gate'\] do not fit"):
+        Op("wrong", ref=toy_ref, shapes={"x": "B N"}, roles={"gate": "fp32"}, **shared)
+    with pytest.raises(ValueError, match=r"op 'wrong': the names \['x'\] do not fit"):
+        Op("wrong", ref=toy_ref, shapes={"x": "B N"}, outputs=("x",), **shared)
+
+    def untyped(x, n):  # type: ignore[no-untyped-def]
+        return x
+
+    with pytest.raises(TypeError, match=r"op 'wrong': x is annotated .*an op's arguments are Tensor, "):
+        Op("wrong", ref=untyped, shapes={}, **shared)
+    assert "wrong" not in RECORDS
+
+
+def test_shapes_say_which_sizes_must_agree(toys: tuple[Op, Op]) -> None:
+    toy, numbers = toys
+    with pytest.raises(ValueError, match=r"toy: mask must be \(B, N\) with B = 2, N = 3, got \(2, 4\)"):
+        toy(torch.zeros(2, 3), torch.zeros(2, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"toy_numbers: seed must be \(1,\), got \(2,\)"):
+        numbers(torch.zeros(2, dtype=torch.int64), 3)

@@ -11,6 +11,7 @@ import contextlib
 import copy
 import dataclasses
 import pickle
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -38,9 +39,9 @@ def few(op: Op, name: str) -> list[Sample]:
 def _runs() -> Iterator[Any]:
     """(op, backend, device) for every backend; the CPU runs Triton in the interpreter."""
     for op in OPS:
-        for device, name in [
-            ("cpu", b.name) for b in op.backends if b.name in ("native", "triton", "cuda")
-        ] + [("cuda", b.name) for b in op.cuda]:
+        for device, name in [("cpu", b.name) for b in op.backends if b.name in ("native", "triton", "cuda")] + [
+            ("cuda", b.name) for b in op.cuda
+        ]:
             marks = [pytest.mark.gpu] if device == "cuda" else []
             yield pytest.param(op, name, device, id=f"{op.name}-{name}-{device}", marks=marks)
 
@@ -318,25 +319,112 @@ def test_double_backward_is_refused_in_words(op: Op) -> None:
         torch.autograd.grad(grad.square().sum(), last)
 
 
-@pytest.mark.parametrize("op", [o for o in GRAD_OPS if o.name != "rope_attention"], ids=lambda o: o.name)
-def test_forward_mode_and_torch_func_use_the_reference(op: Op) -> None:
-    """Custom ops would return zero tangents without a word. (torch's own attention has no forward mode: it raises.)"""
-    args = make(op, small(op)[0], torch.float32)
+def of_first(op: Op, args: dict[str, Any]) -> tuple[Callable[..., Tensor], Callable[..., Tensor], Tensor]:
+    """(the op, its reference, x): the op's first output as a function of its first floating-point argument x."""
     first = next(k for k, v in tensors(args).items() if v.is_floating_point())
-
-    def of_first(x: Tensor) -> Tensor:
-        return outputs_of(op(**(args | {first: x})))[0]
-
-    x = args[first]
-    _, tangent = torch.func.jvp(of_first, (x,), (torch.ones_like(x).cos() * x,))
-    _, exact = torch.func.jvp(
-        lambda v: outputs_of(op.ref(**(args | {first: v})))[0], (x,), (torch.ones_like(x).cos() * x,)
+    return (
+        lambda x: outputs_of(op(**(args | {first: x})))[0],
+        lambda x: outputs_of(op.ref(**(args | {first: x})))[0],
+        args[first],
     )
-    torch.testing.assert_close(tangent, exact)
-    grad = torch.func.grad(lambda v: of_first(v).square().sum())(x)
+
+
+@pytest.mark.parametrize("op", GRAD_OPS, ids=lambda o: o.name)
+def test_tangents_are_right_wherever_the_op_is_met(op: Op) -> None:
+    """Eagerly, in a compiled graph, in an exported program and with dual numbers: torch gives a custom op zeros."""
+    ours, plain, x = of_first(op, make(op, small(op)[0], torch.float32))
+    direction = torch.ones_like(x).cos() * x
+
+    def tangent(fn: Callable[..., Tensor], x: Tensor, direction: Tensor) -> Tensor:
+        return torch.func.jvp(fn, (x,), (direction,))[1]
+
+    class Module(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return ours(x)
+
+    with backend("reference"):  # rope_attention's needs the op's own door: torch's attention has no tangent
+        exact = tangent(plain, x, direction)
+    assert exact.abs().max() > 0
+    torch._dynamo.reset()
+    exported = torch.export.export(Module(), (x,)).module()
+    compiled = torch.compile(lambda x, v: tangent(ours, x, v), backend="eager")
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, direction)
+        dual_found = [torch.autograd.forward_ad.unpack_dual(fn(dual)).tangent for fn in (ours, exported)]
+    for found in (tangent(ours, x, direction), tangent(exported, x, direction), compiled(x, direction), *dual_found):
+        torch.testing.assert_close(found, exact)
+
+
+@pytest.mark.parametrize("op", GRAD_OPS, ids=lambda o: o.name)
+def test_torch_func_gives_the_gradients_of_autograd(op: Op) -> None:
+    ours, _, x = of_first(op, make(op, small(op)[0], torch.float32))
     leaf = x.clone().requires_grad_()
-    of_first(leaf).square().sum().backward()
+    ours(leaf).square().sum().backward()
+    grad = torch.func.grad(lambda v: ours(v).square().sum())(x)
     torch.testing.assert_close(grad, leaf.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("op", [o for o in OPS if not o.differentiable], ids=lambda o: o.name)
+def test_an_op_without_derivative_is_a_constant_of_every_transform(op: Op) -> None:
+    args = make(op, small(op)[0], torch.float32)
+    plain = outputs_of(op(**args))[0].float()
+    floats = [k for k, v in tensors(args).items() if v.is_floating_point()]
+    if not floats:
+        x = torch.randn(3)
+        _, tangent = torch.func.jvp(lambda x: x.sum() * outputs_of(op(**args))[0].float(), (x,), (torch.ones(3),))
+        torch.testing.assert_close(tangent, 3 * plain)
+        return
+
+    def weighed(x: Tensor) -> Tensor:
+        return x.sum() * outputs_of(op(**(args | {floats[0]: x})))[0].float()
+
+    x = args[floats[0]]
+    _, tangent = torch.func.jvp(weighed, (x,), (torch.ones_like(x),))
+    torch.testing.assert_close(tangent, x.numel() * plain)
+    grad = torch.func.grad(lambda x: weighed(x).sum())(x)
+    torch.testing.assert_close(grad, plain.sum().expand_as(x))
+
+
+def test_a_tangent_of_one_thread_is_no_other_s() -> None:
+    op, seen = ops()["adaln"], []
+    if _dispatch.why_missing("native", "cpu") is not None:
+        pytest.skip("no native library")
+    x = torch.randn(1, 2, 8)
+    with torch.autograd.forward_ad.dual_level():
+        thread = threading.Thread(target=lambda: seen.append(op.choose(x)))
+        thread.start()
+        thread.join()
+        dual = torch.autograd.forward_ad.make_dual(x, x)
+        assert op.choose(dual) == "reference"
+    assert [op.choose(x), *seen] == ["native", "native"]
+
+
+def _changed(op: Op) -> Iterator[Any]:
+    """Every op with one integer argument, or one size of one tensor, set to 0 or -1."""
+    for sample in small(op)[:2]:
+        args = make(op, sample, torch.float32)
+        for (kind, _), name in zip(op.kinds, op.names):
+            if kind in ("int", "int | None"):
+                yield from (args | {name: n} for n in (0, -1))
+        for name, value in tensors(args).items():
+            for dim in range(value.ndim):
+                yield args | {name: value.narrow(dim, 0, 0)}
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda o: o.name)
+def test_sizes_and_integers_are_checked_before_they_divide(op: Op) -> None:
+    """0, -1 and empty dimensions: what the reference gives, or one sentence that names the op."""
+    for args in _changed(op):
+        said, out = "", ()
+        try:
+            out = outputs_of(op(**args))
+        except (ValueError, TypeError) as error:
+            said = str(error)
+        if said:
+            assert said.startswith(op.name)
+            assert len(said.splitlines()) == 1
+        else:
+            assert [o.shape for o in out] == [o.shape for o in outputs_of(op.ref(**args))]
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda o: o.name)

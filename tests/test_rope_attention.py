@@ -13,9 +13,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maetok_fast.kernels import BackendError, _native, backend, rope_attention, rope_attention_ref, rope_table
+from maetok_fast.kernels import (
+    BackendError,
+    _dispatch,
+    _native,
+    backend,
+    rope_attention,
+    rope_attention_ref,
+    rope_table,
+)
 from maetok_fast.kernels import _rope_attention_libraries as libraries
 from maetok_fast.kernels import rope_attention as op
+from maetok_fast.kernels._registration import compute, compute_backward
 from maetok_fast.layers import axial_frequencies, grid_positions
 
 
@@ -171,7 +180,7 @@ def test_native_gradients_of_repeated_rows_do_not_depend_on_threads() -> None:
 
 def test_wrong_indices_are_named() -> None:
     qkv, table = torch.randn(2, 6, 3, 1, 8), torch.randn(2, 1, 4, 4)
-    with pytest.raises(ValueError, match=r"index must be \(2, M\), got \(3, 2\)"):
+    with pytest.raises(ValueError, match=r"index must be \(B, M\) with B = 2, got \(3, 2\)"):
         rope_attention(qkv, table, index=torch.zeros(3, 2, dtype=torch.long))
     with pytest.raises(ValueError, match="index names rows of rope, and there is no rope"):
         rope_attention(qkv, index=torch.zeros(2, 2, dtype=torch.long))
@@ -218,24 +227,21 @@ def test_library_backends(name: str, rows: str, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(libraries, "why_no_triton", lambda device: "not now")
     elif libraries.why_no_triton("cpu") is not None:
         pytest.skip(str(libraries.why_no_triton("cpu")))
-    found = next(b for b in op.cuda if b.name == name)
-    assert found.backward is not None
-    for sample in op.samples():
+    for sample in op.samples:
         if sample.real or "head_dim 72, no" in sample.label:
             continue
         torch.manual_seed(4)
-        args = op.bind((), sample.make(lambda *s, dtype=torch.float32: torch.randn(*s).to(dtype)))
-        exact = [a.double().requires_grad_() if n else a for a, n in zip(args, op.asked(args))]
+        a = op.arguments(**sample.make(lambda *s, dtype=torch.float32: torch.randn(*s).to(dtype)))
+        asked = op.asked(a)
+        exact = [v.double().requires_grad_() if n else v for v, n in zip(a, asked)]
         out = rope_attention_ref(*exact)
         cotangent = torch.randn_like(out)
-        wanted = torch.autograd.grad(out, [a for a, n in zip(exact, op.asked(args)) if n], cotangent)
+        wanted = torch.autograd.grad(out, [v for v, n in zip(exact, asked) if n], cotangent)
         with torch._C._AutoDispatchBelowAutograd():  # as in the body of a custom op
-            ours, *saved = found.forward(*args)
-            grads = found.backward(cotangent.float(), [ours, *saved], args, op.asked(args))
-        got = [g for g, n in zip(grads, op.asked(args)) if n]
-        for a, b in zip((ours, *got), (out, *wanted)):
-            assert a is not None
-            assert (a.double() - b).abs().max() <= 2e-5 * (1 + b.abs().max()), sample.label
+            ours = compute(op, name, a)
+            grads = compute_backward(op, name, a, ours, [cotangent.float()], asked)
+        for x, y in zip((ours.y, *[g for g, n in zip(grads, asked) if n]), (out, *wanted)):
+            assert (x.double() - y).abs().max() <= 2e-5 * (1 + y.abs().max()), sample.label
 
 
 def test_sdpa_through_the_op() -> None:
@@ -243,7 +249,7 @@ def test_sdpa_through_the_op() -> None:
     qkv, table = torch.randn(2, 9, 3, 2, 16, requires_grad=True), torch.randn(2, 2, 6, 8, requires_grad=True)
     with backend("sdpa"):
         out = rope_attention(qkv, table, prefix=1, first_query=2)
-        torch.library.opcheck(op._forward_op, ("sdpa", *op.bind((qkv, table), {"prefix": 1})))
+        torch.library.opcheck(op._forward_op, ("sdpa", *op.arguments(qkv, table, prefix=1)))
     plain = rope_attention_ref(qkv, table, prefix=1, first_query=2)
     torch.testing.assert_close(out, plain, rtol=1e-5, atol=1e-5)
     for a, b in zip(*(torch.autograd.grad(o.square().sum(), (qkv, table)) for o in (out, plain))):
@@ -254,15 +260,33 @@ def test_libraries_say_why_not_and_come_in_an_order_by_tokens() -> None:
     qkv = torch.randn(1, 4, 3, 1, 16)
     with backend("flash_attn"), pytest.raises(BackendError, match="flash_attn runs on CUDA tensors, these are on cpu"):
         rope_attention(qkv)
-    assert "16 bits" in str(op.unsupported("flash_attn", *op.bind((qkv,), {})))
-    odd = op.bind((torch.zeros(1, 4, 3, 1, 20, dtype=torch.bfloat16),), {})
+    assert "16 bits" in str(op.unsupported("flash_attn", op.arguments(qkv)))
+    odd = op.arguments(torch.zeros(1, 4, 3, 1, 20, dtype=torch.bfloat16))
     for name in ("flash_attn", "xformers"):
-        assert "multiples of 8" in str(op.unsupported(name, *odd))
-    assert op.prefer is not None
-    short, long = (op.prefer(*op.bind((torch.zeros(1, n, 3, 1, 16),), {})) for n in (128, 1024))
-    assert short[:2] == ("triton", "sdpa")
-    assert long[:2] == ("triton", "flash_attn")
-    assert [b.name for b in op._ordered("cuda", op.bind((qkv,), {}))] == list(short)
+        assert "multiples of 8" in str(op.unsupported(name, odd))
+    short, long = (
+        [b.name for b in _dispatch.ordered(op, "cuda", op.arguments(torch.zeros(1, n, 3, 1, 16)))] for n in (128, 1024)
+    )
+    assert short[:2] == ["triton", "sdpa"]
+    assert long[:2] == ["triton", "flash_attn"]
+
+
+def test_a_batch_beyond_a_cuda_grid_is_no_backend_s() -> None:
+    """The libraries put batch and heads into the same dimensions of a grid as Triton's kernels do."""
+    for shape in ((65536, 8, 3, 1, 64), (1, 8, 3, 65536, 16)):
+        a = op.arguments(torch.empty(shape, dtype=torch.bfloat16, device="meta"))
+        for b in op.cuda:
+            assert "exceeds a CUDA grid" in str(op.unsupported(b.name, a)), b.name
+
+
+@pytest.mark.parametrize(("name", "module"), [("flash_attn", "flash_attn"), ("xformers", "xformers.ops")])
+def test_a_library_without_the_function_is_no_library(name: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an uninstall leaves is a folder that imports."""
+    for part in ("flash_attn", "xformers", "xformers.ops", "xformers._cpp_lib"):
+        monkeypatch.setitem(sys.modules, part, types.ModuleType(part))
+    _dispatch._why_no_package.cache_clear()
+    assert f"the {module} that imports has no" in str(_dispatch.why_missing(name, "cuda"))
+    _dispatch._why_no_package.cache_clear()
 
 
 def test_the_order_is_no_graph_break(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,7 +368,14 @@ QKV = torch.zeros(2, 10, 3, 4, 8)
     ("change", "message"),
     [
         ({"qkv": torch.zeros(2, 10, 2, 4, 8)}, r"qkv must be \(B, N, 3, heads, head_dim\), got \(2, 10, 2, 4, 8\)"),
-        ({"rope": torch.zeros(2, 3, 9, 4)}, r"rope must be \(2, 4 or 1, M, 4\) for 4 heads of 8, got \(2, 3, 9, 4\)"),
+        (
+            {"rope": torch.zeros(2, 3, 9, 4)},
+            r"rope must be \(2, heads, R, F\) or \(2, 1, R, F\) with heads = 4, got \(2, 3, 9, 4\)",
+        ),
+        (
+            {"rope": torch.zeros(2, 4, 9, 3)},
+            r"rope \(2, 4 or 1, M, head_dim / 2\), got head_dim 8 and rope \(2, 4, 9, 3\)",
+        ),
         (
             {"rope": torch.zeros(2, 4, 9, 4), "prefix": 2},
             "9 rotated tokens after a prefix of 2 do not fit in 10 tokens",
@@ -352,9 +383,15 @@ QKV = torch.zeros(2, 10, 3, 4, 8)
         ({"qk_norm": "l2"}, "qk_norm must be one of none, rms, layer, got 'l2'"),
         ({"q_weight": torch.ones(8)}, "q_weight has no meaning with qk_norm='none'"),
         ({"qk_norm": "rms", "k_bias": torch.ones(8)}, "k_bias has no meaning with qk_norm='rms'"),
-        ({"qk_norm": "layer", "q_weight": torch.ones(4)}, r"q_weight must be \(8,\), got \(4,\)"),
+        (
+            {"qk_norm": "layer", "q_weight": torch.ones(4)},
+            r"q_weight must be \(head_dim,\) .* = 8, got \(4,\)",
+        ),
         ({"first_query": 4, "num_queries": 7}, "queries 4 .. 11 are not within 10 tokens"),
-        ({"qkv": torch.zeros(1, 2, 3, 1, 5), "rope": torch.zeros(2, 1, 1, 2)}, "head_dim must be even, got 5"),
+        (
+            {"qkv": torch.zeros(1, 2, 3, 1, 5), "rope": torch.zeros(2, 1, 1, 2)},
+            "must be even .* got head_dim 5",
+        ),
     ],
 )
 def test_wrong_inputs_are_named(change: dict[str, Any], message: str) -> None:
