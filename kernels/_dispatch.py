@@ -39,6 +39,7 @@ __all__ = [
     "transformed",
     "why_missing",
     "why_not",
+    "with_tangents",
 ]
 
 log = logging.getLogger("maetok_fast")
@@ -98,15 +99,33 @@ def has_tangent(values: Iterable[Any]) -> bool:
     return any(isinstance(v, Tensor) and torch._VF._unpack_dual(v, level=0)[1] is not None for v in values)  # type: ignore[attr-defined]
 
 
-def transformed(values: Iterable[Any], in_graph: bool = False) -> bool:
+class _Local(threading.local):
+    tangents = False
+
+
+_local = _Local()
+
+
+@contextlib.contextmanager
+def with_tangents() -> Iterator[None]:
+    """References meet tangents in here, which they cannot see for themselves while a graph is traced."""
+    before, _local.tangents = _local.tangents, True
+    try:
+        yield
+    finally:
+        _local.tangents = before
+
+
+def transformed(values: Iterable[Any]) -> bool:
     """Whether a torch.func transform of this thread, or a tangent of one of the values, wants plain torch. While a
-    graph is traced nothing does: the custom op in it answers when it runs (`_registration`); in_graph: it may be that,
-    and each value is looked at, which takes a microsecond."""
+    graph is traced nothing does: the custom op in it answers when it runs (`_registration`, in `with_tangents`)."""
+    if _local.tangents:
+        return True
     if torch.compiler.is_compiling():
         return False
     if torch._C._functorch.maybe_current_level() is not None:
         return True
-    return (in_graph or forward_ad._current_level >= 0) and has_tangent(values)
+    return forward_ad._current_level >= 0 and has_tangent(values)
 
 
 def why_missing(name: str, device: str) -> str | None:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch._library.autograd import make_autograd_impl
 
-from ._dispatch import has_tangent, no_autocast
+from ._dispatch import has_tangent, no_autocast, with_tangents
 from ._record import Record
 
 __all__ = ["NAMESPACE", "compute", "compute_backward", "plain_eager", "register"]
@@ -258,7 +258,7 @@ def _answer_tangents(forward_op: Any, record: Record[..., Any], shaped: Callable
     def autograd(keyset: Any, name: str, *args: Any) -> Any:
         if not (torch._C._are_functorch_transforms_active() or has_tangent(args)):
             return usual(keyset, name, *args)
-        with no_autocast(args[0].device.type):
+        with no_autocast(args[0].device.type), with_tangents():
             outputs = record.ref(*args)
             saved = record.results(record.Args(*args), name)[len(record.outputs) :]
         return shaped((*(outputs if isinstance(outputs, tuple) else (outputs,)), *saved))

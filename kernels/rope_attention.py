@@ -106,7 +106,7 @@ def _count(a: Any) -> int:
 
 def _attention_ref(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """(B, heads, Nq, head_dim) each. torch's fused attention has no forward-mode derivative: written out for that."""
-    if transformed((q, k, v), in_graph=True):
+    if transformed((q, k, v)):
         return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
