@@ -96,7 +96,7 @@ def no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
 def has_tangent(values: Iterable[Any]) -> bool:
     """Whether one of these is a tensor with a forward-mode tangent. Levels do not nest: 0 is the only one. (That there
     is one, `forward_ad._current_level`, is not known inside of compiled graphs.)"""
-    return any(isinstance(v, Tensor) and torch._VF._unpack_dual(v, level=0)[1] is not None for v in values)  # type: ignore[attr-defined]
+    return any(isinstance(v, Tensor) and torch._VF._unpack_dual(v, level=0)[1] is not None for v in values)
 
 
 class _Local(threading.local):

@@ -226,7 +226,7 @@ residual_adaln = Op(
     ref=residual_adaln_ref,
     shapes=SHAPES | {"branch": "B N D", "gate": "D | B D"},
     check=lambda a: check_norm("residual_adaln", a),
-    roles=adaln.roles | {"branch": "as given", "gate": "as given"},
+    roles={**adaln.roles, "branch": "as given", "gate": "as given"},
     out=lambda a, backend: (torch.empty_like(a.x, memory_format=_DENSE), *_out(a, backend)),
     outputs=("h", "y"),
     saved=("stats",),

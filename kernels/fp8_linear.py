@@ -263,20 +263,18 @@ class _AdalnLinear(torch.autograd.Function):
 
 
 def _norm_gradients(
-    dn: Tensor | None, stats: Tensor, norm: list[Tensor | None], options: tuple[Any, ...], needs: list[bool]
+    dn: Tensor | None, stats: Tensor, norm: list[Any], options: tuple[Any, ...], needs: list[bool]
 ) -> list[Tensor | None]:
     """Gradients of x, shift, scale, weight and bias of adaln, by its own backward kernel."""
     if dn is None:
         return [None] * 5
-    x = norm[0]
-    assert x is not None
-    dn = dn.view(x.shape).to(x.dtype)
+    dn = dn.view(norm[0].shape).to(norm[0].dtype)
     chosen = adaln.choose(*norm, *options)
     if chosen != "reference":
         every = [*needs, *[False] * 4]
         found = torch.ops.maetok_fast.adaln_backward([dn], [stats.view(-1, 2)], every, chosen, *norm, *options)
         return [g if n else None for g, n in zip(found, needs)]
-    wanted = [t.detach().requires_grad_(n) if t is not None else None for t, n in zip(norm, needs)]
+    wanted: list[Any] = [t.detach().requires_grad_(n) if t is not None else None for t, n in zip(norm, needs)]
     with torch.enable_grad():
         y = adaln.ref(*wanted, *options)
     grads = iter(torch.autograd.grad(y, [t for t, n in zip(wanted, needs) if n and t is not None], dn))

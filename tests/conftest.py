@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 import emulate
 
@@ -42,6 +43,19 @@ if not GPU and emulate.why_not() is None:
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+OP_FILES: list[Any] = []  # the records of --op-file
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--op-file", action="append", default=[], help="test the op records of this file, not the library's")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    from maetok_fast.kernels._drive import load
+
+    for path in config.getoption("--op-file"):
+        OP_FILES.extend(load(path))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

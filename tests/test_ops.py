@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import conftest
 import pytest
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from maetok_fast.kernels._drive import launch, launch_backward, make
 from maetok_fast.kernels._record import EMPTY
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-OPS = list(ops().values())
+OPS = conftest.OP_FILES or list(ops().values())
 
 
 def small(op: Op) -> list[Sample]:
