@@ -4,9 +4,8 @@ error that does not occur is itself an error."""
 
 from __future__ import annotations
 
-from typing_extensions import assert_type
-
 from torch import Tensor
+from typing_extensions import assert_type
 
 from maetok_fast.kernels import adaln, discriminator_loss, residual_adaln, rope_attention
 
