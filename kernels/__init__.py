@@ -16,78 +16,99 @@ if __name__ != "maetok_fast.kernels":
 from ._dispatch import backend, forced_backend
 from ._op import Op, ops
 from ._record import Backend, BackendError, Cost, Sample, drawn
+from .activation import bias_gelu, bias_gelu_ref, swiglu, swiglu_ref
+from .adaln import adaln, adaln_ref, residual_adaln, residual_adaln_ref
+from .augment import diff_augment, diff_augment_ref, draw_augmentation
+from .blur import blur_down, blur_down_ref, blur_up, blur_up_ref
+from .ema import ema_update, ema_update_ref
+from .embed_tokens import decoder_tokens, decoder_tokens_ref, embed_tokens, embed_tokens_ref
+from .fp8 import adaln_quantize, fp8_quantize, fp8_quantize_columns, transpose_pad
+from .fp8_linear import Fp8Linear, adaln_linear_fp8, why_not_fp8
+from .gan_loss import discriminator_loss, discriminator_loss_ref, generator_loss, generator_loss_ref
+from .gate_residual import gate_residual, gate_residual_ref
+from .gather_tokens import gather_tokens, gather_tokens_ref, scatter_tokens, scatter_tokens_ref
+from .hog import hog, hog_ref
+from .lpips import lpips_tail, lpips_tail_ref
+from .patchgan import affine_act, affine_act_ref, norm_act, norm_act_ref
+from .rope_attention import rope_attention, rope_attention_ref, rope_table
+from .token_mask import (
+    host_mask_count,
+    mask_counts,
+    mask_counts_ref,
+    random_mask,
+    random_mask_ref,
+    sample_mask,
+    sample_visible,
+    visible_index,
+    visible_index_ref,
+)
 
-try:
-    from .activation import bias_gelu, bias_gelu_ref, swiglu, swiglu_ref
-except Exception as e:
-    print("NOT YET", repr(e)[:200])
-try:
-    from .adaln import adaln, adaln_ref, residual_adaln, residual_adaln_ref
-except Exception as e:
-    print("NOT YET", repr(e)[:200])
-try:
-    from .augment import diff_augment, diff_augment_ref, draw_augmentation
-except Exception as e:
-    print("NOT YET", repr(e)[:200])
-try:
-    from .blur import blur_down, blur_down_ref, blur_up, blur_up_ref
-except Exception as e:
-    print("NOT YET", repr(e)[:200])
-try:
-    from .ema import ema_update, ema_update_ref
-except Exception as e:
-    print("NOT YET", repr(e)[:200])
-try:
-    from .embed_tokens import decoder_tokens, decoder_tokens_ref, embed_tokens, embed_tokens_ref
-except Exception as e:
-    print("NOT YET", repr(e)[:200])
-try:
-    from .fp8 import adaln_quantize, fp8_quantize, fp8_quantize_columns, transpose_pad
-except Exception as e:
-    print("NOT YET", repr(e)[:200])
-try:
-    from .fp8_linear import Fp8Linear, adaln_linear_fp8, why_not_fp8
-except Exception as e:
-    print("NOT YET", repr(e)[:200])
-try:
-    from .gan_loss import discriminator_loss, discriminator_loss_ref, generator_loss, generator_loss_ref
-except Exception as e:
-    print("NOT YET", repr(e)[:200])
-try:
-    from .gate_residual import gate_residual, gate_residual_ref
-except Exception as e:
-    print("NOT YET", repr(e)[:200])
-try:
-    from .gather_tokens import gather_tokens, gather_tokens_ref, scatter_tokens, scatter_tokens_ref
-except Exception as e:
-    print("NOT YET", repr(e)[:200])
-try:
-    from .hog import hog, hog_ref
-except Exception as e:
-    print("NOT YET", repr(e)[:200])
-try:
-    from .lpips import lpips_tail, lpips_tail_ref
-except Exception as e:
-    print("NOT YET", repr(e)[:200])
-try:
-    from .patchgan import affine_act, affine_act_ref, norm_act, norm_act_ref
-except Exception as e:
-    print("NOT YET", repr(e)[:200])
-try:
-    from .rope_attention import rope_attention, rope_attention_ref, rope_table
-except Exception as e:
-    print("NOT YET", repr(e)[:200])
-try:
-    from .token_mask import (
-        host_mask_count,
-        mask_counts,
-        mask_counts_ref,
-        random_mask,
-        random_mask_ref,
-        sample_mask,
-        sample_visible,
-        visible_index,
-        visible_index_ref,
-    )
-except Exception as e:
-    print("NOT YET", repr(e)[:200])
+__all__ = [
+    "Backend",
+    "BackendError",
+    "Cost",
+    "Fp8Linear",
+    "Op",
+    "Sample",
+    "adaln",
+    "adaln_linear_fp8",
+    "adaln_quantize",
+    "adaln_ref",
+    "affine_act",
+    "affine_act_ref",
+    "backend",
+    "bias_gelu",
+    "bias_gelu_ref",
+    "blur_down",
+    "blur_down_ref",
+    "blur_up",
+    "blur_up_ref",
+    "decoder_tokens",
+    "decoder_tokens_ref",
+    "diff_augment",
+    "diff_augment_ref",
+    "discriminator_loss",
+    "discriminator_loss_ref",
+    "draw_augmentation",
+    "drawn",
+    "ema_update",
+    "ema_update_ref",
+    "embed_tokens",
+    "embed_tokens_ref",
+    "forced_backend",
+    "fp8_quantize",
+    "fp8_quantize_columns",
+    "gate_residual",
+    "gate_residual_ref",
+    "gather_tokens",
+    "gather_tokens_ref",
+    "generator_loss",
+    "generator_loss_ref",
+    "hog",
+    "hog_ref",
+    "host_mask_count",
+    "lpips_tail",
+    "lpips_tail_ref",
+    "mask_counts",
+    "mask_counts_ref",
+    "norm_act",
+    "norm_act_ref",
+    "ops",
+    "random_mask",
+    "random_mask_ref",
+    "residual_adaln",
+    "residual_adaln_ref",
+    "rope_attention",
+    "rope_attention_ref",
+    "rope_table",
+    "sample_mask",
+    "sample_visible",
+    "scatter_tokens",
+    "scatter_tokens_ref",
+    "swiglu",
+    "swiglu_ref",
+    "transpose_pad",
+    "visible_index",
+    "visible_index_ref",
+    "why_not_fp8",
+]

@@ -3,9 +3,14 @@
 
 from __future__ import annotations
 
-from ._triton import tl, triton
+from typing import Any
 
-__all__ = ["_embed_bwd_kernel", "_embed_fwd_kernel"]
+import torch
+
+from ._tiles import EMBED_IMAGES, EMBED_TOKENS, column_block, over_grid
+from ._triton import add_up, tl, triton
+
+__all__ = ["backward", "forward", "lengths", "over_launch"]
 
 
 @triton.jit
@@ -112,3 +117,61 @@ def _embed_bwd_kernel(
         row = chunk * tl.num_programs(0) + tl.program_id(0)
         columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         tl.store(dtoken_ptr + row * D + columns, tl.sum(token, 0), mask=columns < D)
+
+
+# ---- launchers: `a` and `d` are those of either op -----------------------------------------------------------------
+
+_PARTS = ("patches", "mask", "mask_token", "pos", "cls", "latents", "latent_pos")
+
+
+def lengths(a: Any) -> tuple[int, int, int]:
+    """(N, P, L): image, prefix and latent tokens of a call."""
+    tokens = a.patches.shape[1] if hasattr(a, "patches") else a.tokens
+    return tokens, 0 if a.cls is None else a.cls.shape[0], 0 if a.latents is None else a.latents.shape[-2]
+
+
+def over_launch(a: Any) -> str | None:
+    """Why no grid covers these arguments, or None."""
+    batch, _, width = a[0].shape
+    return over_grid(image_runs=-(-batch // EMBED_IMAGES), column_blocks=-(-width // 128))
+
+
+def _grid(a):
+    batch, _, width = a[0].shape
+    return (
+        -(-sum(lengths(a)) // EMBED_TOKENS["BLOCK_T"]),
+        -(-width // column_block(width)),
+        -(-batch // EMBED_IMAGES),
+    )
+
+
+def _constants(a):
+    (batch, _, width), (tokens, prefix, latents) = a[0].shape, lengths(a)
+    return {
+        **{"B": batch, "N": tokens, "P": prefix, "L": latents, "D": width},
+        "BATCHED": a.latents is not None and a.latents.ndim == 3,
+        "CHUNK": min(batch, EMBED_IMAGES),
+        "BLOCK_D": column_block(width),
+        **EMBED_TOKENS,
+    }
+
+
+def forward(a, out):
+    _embed_fwd_kernel[_grid(a)](*(getattr(a, n, None) for n in _PARTS), out.y, **_constants(a))
+
+
+def backward(a, out, g, d):
+    """What the images share is written where it belongs if one run of images covers the batch, else summed in fp32."""
+    grid = rows, _, runs = _grid(a)
+    patches, _, token, *shared = (getattr(d, n, None) for n in _PARTS)
+    sums = [  # three dimensions: latents of each image, nothing to sum
+        t if t is None or runs == 1 or t.ndim == 3 else t.new_empty(runs, *t.shape, dtype=torch.float32) for t in shared
+    ]
+    tokens = None if token is None else token.new_empty(runs * rows, token.shape[0], dtype=torch.float32)
+    _embed_bwd_kernel[grid](
+        g.y, getattr(a, "mask", None), patches, tokens, *sums, ALL=not hasattr(a, "patches"), **_constants(a)
+    )
+    add_up(tokens, 0, token)
+    for partial, into in zip(sums, shared):
+        if partial is not into:
+            add_up(partial, 0, into)

@@ -180,3 +180,42 @@ def column_block(width: int) -> int:
     """Columns one program of a row-copying kernel takes at a time: the largest of 256 and 128 that divides the width,
     so that no lane idles at 768 and 1152, else as many as cover it, at most 256."""
     return next((b for b in (256, 128) if width % b == 0), min(256, next_power_of_2(width)))
+
+
+# ---- embed_tokens, decoder_tokens ----------------------------------------------------------------------------------
+
+EMBED_TOKENS = {"BLOCK_T": 8, "num_warps": 4}  # 8 x 256 columns are 16 elements a thread, two 16-byte loads of bf16
+EMBED_IMAGES = 8  # images a program sums before its partial sums: they are then a quarter of bf16 gradients, or less
+
+
+# ---- gather_tokens, scatter_tokens ---------------------------------------------------------------------------------
+
+
+def move_options(width: int, kept: int) -> dict[str, int]:
+    """Launch options for moving rows of `width` columns by `kept` indices: 8 rows of 256 columns are 16 elements a
+    thread, two 16-byte loads of bf16."""
+    return {"BLOCK_T": 8, "BLOCK_D": column_block(width), "BLOCK_K": min(128, next_power_of_2(kept)), "num_warps": 4}
+
+
+def fill_options(width: int, kept: int, rows: int) -> dict[str, int]:
+    """The same for the sum of the `rows` rows that no index names."""
+    return {
+        "BLOCK_T": max(16, row_chunk(rows)),
+        "BLOCK_D": min(128, column_block(width)),
+        "BLOCK_K": min(64, next_power_of_2(kept)),
+        "num_warps": 4,
+    }
+
+
+# ---- mask_counts, random_mask, visible_index -----------------------------------------------------------------------
+
+
+def over_image(tokens: int) -> str | None:
+    """Why one program does not hold an image of so many tokens, or None."""
+    return f"{tokens} tokens: a program holds one image's, at most {MAX_ROW}" if tokens > MAX_ROW else None
+
+
+def image_options(tokens: int) -> dict[str, int]:
+    """Launch options of a kernel in which one program holds the tokens of one image: PAD, num_warps."""
+    pad = max(4, next_power_of_2(tokens))
+    return {"PAD": pad, "num_warps": row_warps(pad)}

@@ -16,16 +16,18 @@ the CPU both are errors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _native
-from ._op import EMPTY, Backend, Cost, Op, Sample
-from ._tiles import column_block, next_power_of_2, row_chunk
-from ._triton import tl, triton
+from ._native_call import native
+from ._op import Op
+from ._record import Backend, Sample
+from ._tiles import fill_options, move_options, over_grid
+from ._triton import add_up, tl, triton
 
 __all__ = ["gather_tokens", "gather_tokens_ref", "scatter_tokens", "scatter_tokens_ref"]
 
@@ -37,8 +39,8 @@ def gather_tokens_ref(x: Tensor, index: Tensor) -> Tensor:
     """The tokens x[b, index[b, k]].
 
     x (B, N, D) bf16, fp16 or fp32 (fp64: reference only); index (B, K) int64 in 0 .. N - 1, distinct per image.
-    Returns (B, K, D) in x's dtype. ValueError when shapes do not fit; an index outside is an IndexError or RuntimeError
-    on the CPU and unchecked on the GPU.
+    Returns (B, K, D) in x's dtype. ValueError when shapes do not fit or K > N; an index outside is an
+    IndexError or RuntimeError on the CPU and unchecked on the GPU.
     """
     return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[2]))
 
@@ -47,7 +49,8 @@ def scatter_tokens_ref(x: Tensor, index: Tensor, fill: Tensor | None, tokens: in
     """Tokens put back in their places: y[b, index[b, k]] = x[b, k], and `fill` in all others.
 
     x (B, K, D) bf16, fp16 or fp32 (fp64: reference only); index (B, K) int64 in 0 .. tokens - 1, distinct per image;
-    fill (D,), the mask token, None: zeros; tokens: N. Returns (B, N, D) in the widest dtype of x and fill.
+    fill (D,), the mask token, None: zeros; tokens: N >= K. Returns (B, N, D) in the widest dtype of x and
+    fill. ValueError when shapes do not fit or tokens < K.
     """
     shape = (x.shape[0], tokens, x.shape[2])
     base = x.new_zeros(shape) if fill is None else fill.expand(shape)
@@ -120,191 +123,141 @@ def _fill_sum_kernel(
 # ---- launchers -----------------------------------------------------------------------------------------------------
 
 
-def _move_triton(x: Tensor, index: Tensor, fill: Tensor | None, rows: int, scatter: bool) -> Tensor:
-    batch, m, width = x.shape
-    y = x.new_empty(batch, rows, width)
-    block = _BLOCK_ROWS
-    _move_rows_kernel[(-(-rows // block), batch)](
-        x, index, fill, y, m, rows, index.shape[1], width,
-        SCATTER=scatter, BLOCK_T=block, BLOCK_D=column_block(width), BLOCK_K=_block_k(index), num_warps=4,
-    )  # fmt: skip
-    return y
+def _move(x: Tensor, index: Tensor, fill: Tensor | None, y: Tensor, scatter: bool) -> None:
+    batch, rows, width = y.shape
+    options = move_options(width, index.shape[1])
+    grid = (-(-rows // options["BLOCK_T"]), batch)
+    _move_rows_kernel[grid](x, index, fill, y, x.shape[1], rows, index.shape[1], width, SCATTER=scatter, **options)
 
 
-def _block_k(index: Tensor) -> int:
-    return min(128, next_power_of_2(index.shape[1]))
-
-
-def _move_native(x: Tensor, index: Tensor, fill: Tensor | None, rows: int, scatter: bool) -> Tensor:
-    y = x.new_empty(x.shape[0], rows, x.shape[2])
-    _native.lib().move_rows(x, index, fill, y, int(scatter))
-    return y
-
-
-_BLOCK_ROWS = 8  # 8 rows of 256 columns: 16 elements a thread, two 16-byte loads of bf16
-Move = Callable[[Tensor, Tensor, "Tensor | None", int, bool], Tensor]
-Needs = Sequence[bool]
-
-
-def _fill_triton(dy: Tensor, index: Tensor, like: Tensor) -> Tensor:
+def _fill_sum(dy: Tensor, index: Tensor, dfill: Tensor) -> None:
     batch, rows, width = dy.shape
-    block = max(16, row_chunk(batch * rows))
-    programs = -(-rows // block)
+    options = fill_options(width, index.shape[1], batch * rows)
+    programs = -(-rows // options["BLOCK_T"])
     sums = dy.new_empty(batch * programs, width, dtype=torch.float32)
-    _fill_sum_kernel[(programs, batch)](
-        dy, index, sums, rows, index.shape[1], width,
-        BLOCK_T=block, BLOCK_D=min(128, column_block(width)), BLOCK_K=min(64, _block_k(index)), num_warps=4,
-    )  # fmt: skip
-    return sums.sum(0).to(like.dtype)
+    _fill_sum_kernel[(programs, batch)](dy, index, sums, rows, index.shape[1], width, **options)
+    add_up(sums, 0, dfill)
 
 
-def _fill_native(dy: Tensor, index: Tensor, like: Tensor) -> Tensor:
-    dfill = torch.empty_like(like)
-    _native.lib().fill_sum(dy, index, dfill)
-    return dfill
+def _scatter_backward(a, out, g, d):
+    if d.x is not None:
+        _move(g.y, a.index, None, d.x, False)
+    if d.fill is not None:
+        _fill_sum(g.y, a.index, d.fill)
 
 
-def _gather_backend(name: str, move: Move) -> Backend:
-    def forward(x: Tensor, index: Tensor) -> tuple[Tensor, ...]:
-        return (move(x, index, None, index.shape[1], False),)
-
-    def backward(dy: Tensor, saved: Sequence[Tensor], args: tuple[Any, ...], needs: Needs) -> Sequence[Tensor | None]:
-        x, index = args
-        return [move(dy, index, None, x.shape[1], True), None]
-
-    return Backend(name, forward, backward, library=name)
-
-
-def _scatter_backend(name: str, move: Move, fill_sum: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Backend:
-    def forward(x: Tensor, index: Tensor, fill: Tensor | None, tokens: int) -> tuple[Tensor, ...]:
-        return (move(x, index, fill, tokens, True),)
-
-    def backward(dy: Tensor, saved: Sequence[Tensor], args: tuple[Any, ...], needs: Needs) -> Sequence[Tensor | None]:
-        _x, index, fill, _tokens = args
-        dx = move(dy, index, None, index.shape[1], False) if needs[0] else None
-        return [dx, None, fill_sum(dy, index, fill) if needs[2] else None, None]
-
-    return Backend(name, forward, backward, library=name)
+def _scatter_backward_native(a, out, g, d):
+    if d.x is not None:
+        _native.lib().move_rows(g.y, a.index, None, d.x, 0)
+    if d.fill is not None:
+        _native.lib().fill_sum(g.y, a.index, d.fill)
 
 
 # ---- records -------------------------------------------------------------------------------------------------------
 
 
-def _check_index(op: str, x: Tensor, index: Tensor) -> None:
-    if x.ndim != 3:
-        raise ValueError(f"{op}: x must have three dimensions, (B, tokens, D), got {tuple(x.shape)}")
-    if index.ndim != 2 or index.shape[0] != x.shape[0]:
-        raise ValueError(f"{op}: index must be ({x.shape[0]}, K) for x {tuple(x.shape)}, got {tuple(index.shape)}")
-
-
-def _gather_check(x: Tensor, index: Tensor) -> None:
-    _check_index("gather_tokens", x, index)
-
-
-def _scatter_check(x: Tensor, index: Tensor, fill: Tensor | None, tokens: int) -> None:
-    _check_index("scatter_tokens", x, index)
-    if index.shape[1] != x.shape[1] or tokens < x.shape[1]:
+def _gather_check(a):
+    if a.index.shape[1] > a.x.shape[1]:
         raise ValueError(
-            f"scatter_tokens: x {tuple(x.shape)} needs an index per token and a place for each, got index "
-            f"{tuple(index.shape)} and {tokens} tokens"
-        )
-    if fill is not None and tuple(fill.shape) != (x.shape[2],):
-        raise ValueError(
-            f"scatter_tokens: fill must be ({x.shape[2]},) for x {tuple(x.shape)}, got {tuple(fill.shape)}"
+            f"gather_tokens: index names {a.index.shape[1]} tokens of an image, which must be distinct, "
+            f"and x has {a.x.shape[1]}"
         )
 
 
-def _unsupported(backend: str, x: Tensor, index: Tensor, *rest: Any) -> str | None:
-    if x.numel() == 0 or index.numel() == 0:
-        return EMPTY
-    if backend == "triton" and x.shape[0] > 65535:
-        return f"a batch of {x.shape[0]} exceeds a CUDA grid's second dimension"
-    return None
+def _scatter_check(a):
+    if a.tokens < a.x.shape[1]:
+        raise ValueError(
+            f"scatter_tokens: tokens must be at least {a.x.shape[1]}, a place for each token of x, got {a.tokens}"
+        )
 
 
-def _scatter_fake(name: str, x: Tensor, index: Tensor, fill: Tensor | None, tokens: int) -> tuple[Tensor, ...]:
-    return (x.new_empty(x.shape[0], tokens, x.shape[2]),)
-
-
-Randn = Callable[..., Tensor]
+_Randn = Callable[..., Tensor]
 _REAL = ((32, 256, 128, 768, "MAETok-B 256 px"), (32, 1024, 512, 768, "MAETok-B 512 px"))
 
 
-def _index(randn: Randn, batch: int, tokens: int, kept: int) -> Tensor:
+def _index(randn: _Randn, batch: int, tokens: int, kept: int) -> Tensor:
     return randn(batch, tokens, dtype=torch.float32).argsort(1)[:, :kept].contiguous()
 
 
-def _gather_case(label: str, batch: int, tokens: int, kept: int, width: int, real: bool = False) -> Sample:
-    def make(randn: Randn) -> dict[str, Any]:
+def _gather(label: str, batch: int, tokens: int, kept: int, width: int, real: bool = False) -> Sample:
+    def make(randn: _Randn) -> dict[str, Any]:
         return {"x": randn(batch, tokens, width), "index": _index(randn, batch, tokens, kept)}
 
     return Sample(label, make, real)
 
 
-def _gather_samples() -> Iterable[Sample]:
-    yield _gather_case("unsorted half", 3, 16, 8, 48)
-    yield _gather_case("odd width", 2, 11, 5, 33)
-    yield _gather_case("all, one row", 2, 1, 1, 8)
-    for batch, tokens, kept, width, label in _REAL:
-        yield _gather_case(label, batch, tokens, kept, width, real=True)
-
-
-def _scatter_case(
+def _scatter(
     label: str, batch: int, tokens: int, kept: int, width: int, fill: bool = True, real: bool = False
 ) -> Sample:
-    def make(randn: Randn) -> dict[str, Any]:
-        index = _index(randn, batch, tokens, kept)
-        return {
-            "x": randn(batch, kept, width),
-            "index": index,
-            "fill": randn(width) if fill else None,
-            "tokens": tokens,
-        }
+    def make(randn: _Randn) -> dict[str, Any]:
+        index, x = _index(randn, batch, tokens, kept), randn(batch, kept, width)
+        return {"x": x, "index": index, "fill": randn(width) if fill else None, "tokens": tokens}
 
     return Sample(label, make, real)
-
-
-def _scatter_samples() -> Iterable[Sample]:
-    yield _scatter_case("unsorted half", 3, 17, 8, 48)
-    yield _scatter_case("zeros, odd width", 2, 11, 5, 33, fill=False)
-    yield _scatter_case("nothing to fill", 2, 4, 4, 8)
-    yield _scatter_case("more rows than one program", 2, 40, 21, 16)
-    for batch, tokens, kept, width, label in _REAL:
-        yield _scatter_case(label, batch, tokens, kept, width, real=True)
-
-
-def _gather_cost(x: Tensor, index: Tensor) -> Cost:
-    row = x.shape[2] * x.element_size()
-    return Cost(0, 2 * index.numel() * row + index.nbytes, 1)
-
-
-def _scatter_cost(x: Tensor, index: Tensor, fill: Tensor | None, tokens: int) -> Cost:
-    out = x.shape[0] * tokens * x.shape[2] * x.element_size()
-    return Cost(0, x.nbytes + out + index.nbytes + (0 if fill is None else fill.nbytes), 1)
 
 
 gather_tokens = Op(
     "gather_tokens",
     ref=gather_tokens_ref,
-    cpu=(_gather_backend("native", _move_native),),
-    cuda=(_gather_backend("triton", _move_triton),),
-    fake=lambda name, x, index: (x.new_empty(x.shape[0], index.shape[1], x.shape[2]),),
+    shapes={"x": "B N D", "index": "B K"},
     check=_gather_check,
-    unsupported=_unsupported,
-    samples=_gather_samples,
-    cost=_gather_cost,
-    own_dtypes={"index": (torch.int64,)},
+    roles={"index": (torch.int64,)},
+    out=lambda a, backend: (a.x.new_empty(a.x.shape[0], a.index.shape[1], a.x.shape[2]),),
+    cpu=[
+        native(
+            "move_rows x index none y gather",
+            "move_rows d_y index none d_x scatter",
+            none=lambda a: None,
+            gather=lambda a: 0,
+            scatter=lambda a: 1,
+        )
+    ],
+    cuda=[
+        Backend(
+            "triton",
+            lambda a, out: _move(a.x, a.index, None, out.y, False),
+            lambda a, out, g, d: _move(g.y, a.index, None, d.x, True),
+            lambda a: over_grid(batch=a.x.shape[0]),
+        )
+    ],
+    samples=[
+        _gather("unsorted half", 3, 16, 8, 48),
+        _gather("odd width", 2, 11, 5, 33),
+        _gather("all, one row", 2, 1, 1, 8),
+        *(_gather(label, b, n, kept, d, real=True) for b, n, kept, d, label in _REAL),
+    ],
+    flops=lambda a: 0,
+    traffic=lambda a: a.index.nbytes + 2 * a.index.numel() * a.x.shape[2] * a.x.itemsize,  # the rows named, no others
 )
 
 scatter_tokens = Op(
     "scatter_tokens",
     ref=scatter_tokens_ref,
-    cpu=(_scatter_backend("native", _move_native, _fill_native),),
-    cuda=(_scatter_backend("triton", _move_triton, _fill_triton),),
-    fake=_scatter_fake,
+    shapes={"x": "B K D", "index": "B K", "fill": "D"},
     check=_scatter_check,
-    unsupported=_unsupported,
-    samples=_scatter_samples,
-    cost=_scatter_cost,
-    own_dtypes={"index": (torch.int64,)},
+    roles={"index": (torch.int64,)},
+    out=lambda a, backend: (a.x.new_empty(a.x.shape[0], a.tokens, a.x.shape[2]),),
+    cpu=[
+        Backend(
+            "native",
+            lambda a, out: _native.lib().move_rows(a.x, a.index, a.fill, out.y, 1),
+            _scatter_backward_native,
+        )
+    ],
+    cuda=[
+        Backend(
+            "triton",
+            lambda a, out: _move(a.x, a.index, a.fill, out.y, True),
+            _scatter_backward,
+            lambda a: over_grid(batch=a.x.shape[0]),
+        )
+    ],
+    samples=[
+        _scatter("unsorted half", 3, 17, 8, 48),
+        _scatter("zeros, odd width", 2, 11, 5, 33, fill=False),
+        _scatter("nothing to fill", 2, 4, 4, 8),
+        _scatter("more rows than one program", 2, 40, 21, 16),
+        *(_scatter(label, b, n, kept, d, real=True) for b, n, kept, d, label in _REAL),
+    ],
+    flops=lambda a: 0,
 )

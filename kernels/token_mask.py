@@ -23,15 +23,16 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _native
-from ._op import EMPTY, Backend, Cost, Op, Sample
-from ._tiles import next_power_of_2, row_warps
+from ._native_call import native
+from ._op import Op
+from ._record import EMPTY, Backend, Sample
+from ._tiles import image_options, next_power_of_2, over_image, row_warps
 from ._token_mask_triton import _mask_counts_kernel, _random_mask_kernel, _visible_index_kernel
 
 __all__ = [
@@ -49,7 +50,6 @@ __all__ = [
 _WORD = 0xFFFFFFFF
 _STEP_RATIO, _IMAGE_RATIO = _WORD, _WORD - 1  # first counter words that no token has
 _SCALE = 0.25  # standard deviation of the normal that the ratio is cut from
-_MAX_TOKENS = 16384  # a Triton program holds one image's keys
 
 
 # ---- Philox, thresholds --------------------------------------------------------------------------------------------
@@ -101,11 +101,15 @@ def _threshold_table(tokens: int, low: float, high: float, device: torch.device)
     return torch.tensor(_cached_thresholds(tokens, low, high)[1], dtype=torch.int64, device=device)
 
 
-def _check_ratios(tokens: int, low: float, high: float) -> None:
+def _not_negative(op: str, **sizes: int) -> None:
+    for name, value in sizes.items():
+        if value < 0:
+            raise ValueError(f"{op}: {name} must not be negative, got {value}")
+
+
+def _check_ratios(op: str, low: float, high: float) -> None:
     if not 0.0 <= low <= high <= 1.0:
-        raise ValueError(f"mask_counts: the ratio must lie in 0 <= low <= high <= 1, got low {low}, high {high}")
-    if tokens < 0:
-        raise ValueError(f"mask_counts: tokens must not be negative, got {tokens}")
+        raise ValueError(f"{op}: the ratio must lie in 0 <= low <= high <= 1, got low {low}, high {high}")
 
 
 def host_mask_count(
@@ -115,7 +119,8 @@ def host_mask_count(
 
     image: the image's index in the global batch where each image has its own ratio; None: the step's one ratio.
     """
-    _check_ratios(tokens, low, high)
+    _check_ratios("host_mask_count", low, high)
+    _not_negative("host_mask_count", tokens=tokens, image=image or 0)
     base, thresholds = _cached_thresholds(tokens, float(low), float(high))
     domain, index = (_STEP_RATIO, 0) if image is None else (_IMAGE_RATIO, image & _WORD)
     r0, r1, _, _ = _philox((domain, index, *_words(step)), _words(seed))
@@ -140,7 +145,8 @@ def mask_counts_ref(
     seed (2,) int64 on the device: [seed, step]. low == high: that constant, without a draw; both 0: nothing is masked.
     per_image False: one ratio for the whole step, the same on every rank; True: each image its own.
     first_image: index in the global batch of this call's first image (rank * images per rank).
-    Returns (batch,) int32. Raises ValueError unless 0 <= low <= high <= 1. MAETok (arXiv 2502.03444): 0.4 to 0.6.
+    Returns (batch,) int32. Raises ValueError unless 0 <= low <= high <= 1 and no integer but the seed is negative.
+    MAETok (arXiv 2502.03444): 0.4 to 0.6.
     """
     base, thresholds = _thresholds(tokens, float(low), float(high))
     image = first_image + torch.arange(batch if per_image else 1, device=seed.device)
@@ -176,109 +182,49 @@ def visible_index_ref(mask: Tensor, visible: int) -> Tensor:
     return mask.byte().argsort(stable=True, dim=1)[:, :visible]
 
 
-# ---- launchers -----------------------------------------------------------------------------------------------------
+# ---- Triton (kernels: _token_mask_triton.py) -----------------------------------------------------------------------
 
 
-def _padded(tokens: int) -> dict[str, int]:
-    pad = max(4, next_power_of_2(tokens))
-    return {"PAD": pad, "num_warps": row_warps(pad)}
+def _base(a):
+    return _cached_thresholds(a.tokens, a.low, a.high)[0]
 
 
-def _counts_args(seed: Tensor, tokens: int, low: float, high: float) -> tuple[int, Tensor]:
-    base, _ = _cached_thresholds(tokens, float(low), float(high))
-    return base, _threshold_table(tokens, float(low), float(high), seed.device)
+def _table(a):
+    return _threshold_table(a.tokens, a.low, a.high, a.seed.device)
 
 
-def _counts_triton(
-    seed: Tensor, batch: int, tokens: int, low: float, high: float, first_image: int, per_image: bool
-) -> tuple[Tensor, ...]:
-    base, table = _counts_args(seed, tokens, low, high)
-    out = seed.new_empty(batch, dtype=torch.int32)
-    _mask_counts_kernel[(batch,)](
-        seed, table, out, base, first_image, table.shape[0],
-        PAD=max(1, next_power_of_2(table.shape[0])), PER_IMAGE=int(per_image), num_warps=row_warps(table.shape[0]),
+def _counts_forward(a, out):
+    table = _table(a)
+    _mask_counts_kernel[(a.batch,)](
+        a.seed, table, out.count, _base(a), a.first_image, table.shape[0],
+        PAD=next_power_of_2(table.shape[0]), PER_IMAGE=int(a.per_image), num_warps=row_warps(table.shape[0]),
     )  # fmt: skip
-    return (out,)
 
 
-def _counts_native(
-    seed: Tensor, batch: int, tokens: int, low: float, high: float, first_image: int, per_image: bool
-) -> tuple[Tensor, ...]:
-    base, table = _counts_args(seed, tokens, low, high)
-    out = seed.new_empty(batch, dtype=torch.int32)
-    _native.lib().mask_counts(seed, table, out, base, first_image, int(per_image))
-    return (out,)
+def _mask_forward(a, out):
+    _random_mask_kernel[a.count.shape](a.seed, a.count, out.mask, a.tokens, a.first_image, **image_options(a.tokens))
 
 
-def _mask_triton(seed: Tensor, count: Tensor, tokens: int, first_image: int) -> tuple[Tensor, ...]:
-    out = seed.new_empty(count.shape[0], tokens, dtype=torch.bool)
-    _random_mask_kernel[(count.shape[0],)](seed, count, out, tokens, first_image, **_padded(tokens))
-    return (out,)
-
-
-def _mask_native(seed: Tensor, count: Tensor, tokens: int, first_image: int) -> tuple[Tensor, ...]:
-    out = seed.new_empty(count.shape[0], tokens, dtype=torch.bool)
-    _native.lib().random_mask(seed, count, out, first_image)
-    return (out,)
-
-
-def _visible_triton(mask: Tensor, visible: int) -> tuple[Tensor, ...]:
-    batch, tokens = mask.shape
-    out = mask.new_empty(batch, visible, dtype=torch.int64)
-    _visible_index_kernel[(batch,)](mask, out, tokens, visible, **_padded(tokens))
-    return (out,)
-
-
-def _visible_native(mask: Tensor, visible: int) -> tuple[Tensor, ...]:
-    out = mask.new_empty(mask.shape[0], visible, dtype=torch.int64)
-    _native.lib().visible_index(mask, out)
-    return (out,)
+def _visible_forward(a, out):
+    batch, tokens = a.mask.shape
+    _visible_index_kernel[(batch,)](a.mask, out.index, tokens, a.visible, **image_options(tokens))
 
 
 # ---- records -------------------------------------------------------------------------------------------------------
 
 
-def _check_seed(op: str, seed: Tensor) -> None:
-    if tuple(seed.shape) != (2,):
-        raise ValueError(f"{op}: seed must be (2,), [seed, step], got {tuple(seed.shape)}")
+def _counts_check(a):
+    _check_ratios("mask_counts", a.low, a.high)
+    _not_negative("mask_counts", batch=a.batch, tokens=a.tokens, first_image=a.first_image)
 
 
-def _counts_check(
-    seed: Tensor, batch: int, tokens: int, low: float, high: float, first_image: int, per_image: bool
-) -> None:
-    _check_seed("mask_counts", seed)
-    _check_ratios(tokens, low, high)
+def _visible_check(a):
+    if not 0 <= a.visible <= a.mask.shape[1]:
+        raise ValueError(f"visible_index: visible must lie in 0 .. {a.mask.shape[1]}, got {a.visible}")
 
 
-def _mask_check(seed: Tensor, count: Tensor, tokens: int, first_image: int) -> None:
-    _check_seed("random_mask", seed)
-    if count.ndim != 1:
-        raise ValueError(f"random_mask: count must be (B,), one number per image, got {tuple(count.shape)}")
-
-
-def _visible_check(mask: Tensor, visible: int) -> None:
-    if mask.ndim != 2:
-        raise ValueError(f"visible_index: mask must be (B, N), got {tuple(mask.shape)}")
-    if not 0 <= visible <= mask.shape[1]:
-        raise ValueError(f"visible_index: visible must lie in 0 .. {mask.shape[1]}, got {visible}")
-
-
-def _too_many(backend: str, tokens: int) -> str | None:
-    if backend == "triton" and tokens > _MAX_TOKENS:
-        return f"{tokens} tokens: a program holds one image's, at most {_MAX_TOKENS}"
-    return None
-
-
-def _counts_unsupported(backend: str, seed: Tensor, batch: int, tokens: int, *rest: Any) -> str | None:
-    return EMPTY if batch == 0 else _too_many(backend, tokens)
-
-
-def _mask_unsupported(backend: str, seed: Tensor, count: Tensor, tokens: int, *rest: Any) -> str | None:
-    return EMPTY if count.shape[0] == 0 or tokens == 0 else _too_many(backend, tokens)
-
-
-def _visible_unsupported(backend: str, mask: Tensor, visible: int) -> str | None:
-    return EMPTY if mask.shape[0] == 0 or visible == 0 else _too_many(backend, mask.shape[1])
+def _none_of(size: int) -> str | None:
+    return EMPTY if size == 0 else None
 
 
 Randn = Callable[..., Tensor]
@@ -288,19 +234,11 @@ def _seed_of(randn: Randn) -> Tensor:
     return (randn(2, dtype=torch.float32) * 1e12).to(torch.int64)
 
 
-def _counts_case(label: str, real: bool = False, **arguments: Any) -> Sample:
+def _counts(label: str, real: bool = False, **arguments: Any) -> Sample:
     return Sample(label, lambda randn: {"seed": _seed_of(randn), **arguments}, real)
 
 
-def _counts_samples() -> Iterable[Sample]:
-    yield _counts_case("one ratio", batch=3, tokens=16)
-    yield _counts_case("a ratio per image", batch=5, tokens=37, low=0.1, high=1.0, first_image=7, per_image=True)
-    yield _counts_case("constant", batch=2, tokens=9, low=0.5, high=0.5)
-    yield _counts_case("MAETok-B 256 px", real=True, batch=32, tokens=256)
-    yield _counts_case("MAETok-B 512 px", real=True, batch=32, tokens=1024)
-
-
-def _mask_case(label: str, batch: int, tokens: int, first_image: int = 0, real: bool = False) -> Sample:
+def _mask(label: str, batch: int, tokens: int, first_image: int = 0, real: bool = False) -> Sample:
     def make(randn: Randn) -> dict[str, Any]:
         count = (randn(batch, dtype=torch.float32).abs() * tokens * 0.6).to(torch.int64)  # some beyond tokens
         return {"seed": _seed_of(randn), "count": count, "tokens": tokens, "first_image": first_image}
@@ -308,78 +246,79 @@ def _mask_case(label: str, batch: int, tokens: int, first_image: int = 0, real: 
     return Sample(label, make, real)
 
 
-def _mask_samples() -> Iterable[Sample]:
-    yield _mask_case("counts differ", 5, 16)
-    yield _mask_case("no power of two, later images", 3, 37, first_image=2**31)
-    yield _mask_case("one token", 2, 1)
-    for batch, tokens, label in ((32, 256, "256 px"), (32, 1024, "512 px"), (8, 4096, "1024 px")):
-        yield _mask_case(f"MAETok-B {label}", batch, tokens, real=True)
-
-
-def _visible_case(label: str, batch: int, tokens: int, visible: int, real: bool = False) -> Sample:
+def _visible(label: str, batch: int, tokens: int, visible: int, real: bool = False) -> Sample:
     return Sample(label, lambda randn: {"mask": randn(batch, tokens) > 0, "visible": visible}, real)
-
-
-def _visible_samples() -> Iterable[Sample]:
-    yield _visible_case("half", 3, 16, 7)
-    yield _visible_case("all, no power of two", 2, 21, 21)
-    yield _visible_case("one", 4, 5, 1)
-    yield _visible_case("MAETok-B 256 px", 32, 256, 128, real=True)
-    yield _visible_case("MAETok-B 512 px", 32, 1024, 512, real=True)
-
-
-def _counts_cost(seed: Tensor, batch: int, tokens: int, **rest: Any) -> Cost:
-    return Cost(0, seed.nbytes + 4 * batch, 1)
-
-
-def _mask_cost(seed: Tensor, count: Tensor, tokens: int, first_image: int = 0) -> Cost:
-    return Cost(0, seed.nbytes + count.nbytes + count.shape[0] * tokens, 1)
-
-
-def _visible_cost(mask: Tensor, visible: int) -> Cost:
-    return Cost(0, mask.nbytes + 8 * mask.shape[0] * visible, 1)
 
 
 mask_counts = Op(
     "mask_counts",
     ref=mask_counts_ref,
-    cpu=(Backend("native", _counts_native, None, library="native"),),
-    cuda=(Backend("triton", _counts_triton, None, library="triton"),),
-    fake=lambda name, seed, batch, *rest: (seed.new_empty(batch, dtype=torch.int32),),
+    shapes={"seed": "2"},
     check=_counts_check,
-    unsupported=_counts_unsupported,
-    samples=_counts_samples,
-    cost=_counts_cost,
-    own_dtypes={"seed": (torch.int64,)},
+    roles={"seed": (torch.int64,)},
+    outputs=("count",),
+    out=lambda a, backend: (a.seed.new_empty(a.batch, dtype=torch.int32),),
     differentiable=False,
+    cpu=[
+        native(
+            "mask_counts seed table count base first_image per_image",
+            why_not=lambda a: _none_of(a.batch),
+            table=_table,
+            base=_base,
+        )
+    ],
+    cuda=[Backend("triton", _counts_forward, why_not=lambda a: _none_of(a.batch) or over_image(a.tokens))],
+    samples=[
+        _counts("one ratio", batch=3, tokens=16),
+        _counts("a ratio per image", batch=5, tokens=37, low=0.1, high=1.0, first_image=7, per_image=True),
+        _counts("constant", batch=2, tokens=9, low=0.5, high=0.5),
+        _counts("MAETok-B 256 px", real=True, batch=32, tokens=256),
+        _counts("MAETok-B 512 px", real=True, batch=32, tokens=1024),
+    ],
+    flops=lambda a: 0,
 )
 
 random_mask = Op(
     "random_mask",
     ref=random_mask_ref,
-    cpu=(Backend("native", _mask_native, None, library="native"),),
-    cuda=(Backend("triton", _mask_triton, None, library="triton"),),
-    fake=lambda name, seed, count, tokens, *rest: (seed.new_empty(count.shape[0], tokens, dtype=torch.bool),),
-    check=_mask_check,
-    unsupported=_mask_unsupported,
-    samples=_mask_samples,
-    cost=_mask_cost,
-    own_dtypes={"seed": (torch.int64,), "count": (torch.int32, torch.int64)},
+    shapes={"seed": "2", "count": "B"},
+    check=lambda a: _not_negative("random_mask", tokens=a.tokens, first_image=a.first_image),
+    roles={"seed": (torch.int64,), "count": (torch.int32, torch.int64)},
+    outputs=("mask",),
+    out=lambda a, backend: (a.seed.new_empty(a.count.shape[0], a.tokens, dtype=torch.bool),),
     differentiable=False,
+    cpu=[native("random_mask seed count mask first_image", why_not=lambda a: _none_of(a.tokens))],
+    cuda=[Backend("triton", _mask_forward, why_not=lambda a: _none_of(a.tokens) or over_image(a.tokens))],
+    samples=[
+        _mask("counts differ", 5, 16),
+        _mask("no power of two, later images", 3, 37, first_image=2**31),
+        _mask("one token", 2, 1),
+        _mask("MAETok-B 256 px", 32, 256, real=True),
+        _mask("MAETok-B 512 px", 32, 1024, real=True),
+        _mask("MAETok-B 1024 px", 8, 4096, real=True),
+    ],
+    flops=lambda a: 0,
 )
 
 visible_index = Op(
     "visible_index",
     ref=visible_index_ref,
-    cpu=(Backend("native", _visible_native, None, library="native"),),
-    cuda=(Backend("triton", _visible_triton, None, library="triton"),),
-    fake=lambda name, mask, visible: (mask.new_empty(mask.shape[0], visible, dtype=torch.int64),),
+    shapes={"mask": "B N"},
     check=_visible_check,
-    unsupported=_visible_unsupported,
-    samples=_visible_samples,
-    cost=_visible_cost,
-    own_dtypes={"mask": (torch.bool,)},
+    roles={"mask": (torch.bool,)},
+    outputs=("index",),
+    out=lambda a, backend: (a.mask.new_empty(a.mask.shape[0], a.visible, dtype=torch.int64),),
     differentiable=False,
+    cpu=[native("visible_index mask index", why_not=lambda a: _none_of(a.visible))],
+    cuda=[Backend("triton", _visible_forward, why_not=lambda a: _none_of(a.visible) or over_image(a.mask.shape[1]))],
+    samples=[
+        _visible("half", 3, 16, 7),
+        _visible("all, no power of two", 2, 21, 21),
+        _visible("one", 4, 5, 1),
+        _visible("MAETok-B 256 px", 32, 256, 128, real=True),
+        _visible("MAETok-B 512 px", 32, 1024, 512, real=True),
+    ],
+    flops=lambda a: 0,
 )
 
 
@@ -412,8 +351,9 @@ def sample_visible(
     gives the number that `mask_counts` would draw, without a word from the device. Counts that differ between images
     are refused: a batch is one tensor; replace mode takes them.
     """
-    if isinstance(count, Tensor):
-        raise TypeError("sample_visible: count must be an int on the host, got a tensor; use host_mask_count(...)")
+    if not isinstance(count, (int, Sequence)):
+        given = "a tensor" if isinstance(count, Tensor) else type(count).__name__
+        raise TypeError(f"sample_visible: count must be an int on the host, got {given}; use host_mask_count(...)")
     counts = {count} if isinstance(count, int) else set(count)
     if len(counts) != 1:
         raise ValueError(
@@ -421,6 +361,7 @@ def sample_visible(
             "ratio per step, or use replace mode, which takes a count per image"
         )
     (masked,) = counts
+    _not_negative("sample_visible", batch=batch, tokens=tokens)
     if not 0 <= masked <= tokens:
         raise ValueError(f"sample_visible: count must lie in 0 .. {tokens}, got {masked}")
     per_image = torch.full((batch,), masked, dtype=torch.int32, device=seed.device)
