@@ -164,8 +164,8 @@ def _centre(side: int, whole: int, kept: int) -> tuple[float, float]:
 
 
 def _rgb(image: PILImage, kind: str | None) -> PILImage:
-    """Any PIL mode of 8 or 16 bits, out of a file of format `kind`, to RGB; 16-bit greys are scaled (PIL's convert would
-    clip them), transparency goes onto white."""
+    """Any PIL mode of 8 or 16 bits, out of a file of format `kind`, to RGB; 16-bit greys are scaled (PIL's convert
+    would clip them), transparency goes onto white."""
     from PIL import Image, ImageChops
 
     # Older PIL reads 16-bit PNGs as "I"; other files mean 32 bits by it.
