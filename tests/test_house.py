@@ -40,7 +40,7 @@ FLOORS = {
         ("cli",),
     ),
     "maetok_fast.kernels": (
-        ("_interpreter", "_record"),
+        ("_interpreter", "_processor", "_record"),
         ("_native", "_native_call", "_tiles", "_triton"),
         ("_dispatch",),
         ("_registration",),
