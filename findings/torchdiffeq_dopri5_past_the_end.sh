@@ -4,8 +4,8 @@
 # torchdiffeq 0.2.5 (torch 2.14.1, scipy 1.17.1): odeint(method="dopri5") evaluates the right-hand side far outside the
 # interval that it is asked to integrate over. Its last step is not shortened to the end; it steps past and interpolates
 # back. The result is right for a field that exists there, but a model of t in [0, 1] (a time embedding, a path whose
-# sigma is sqrt(t)) is asked for times that it was never trained on, or that have no value. options={"step_t": end} stops
-# at the end. Seen, for dx/dt = -0.1 x:
+# sigma is sqrt(t)) is asked for times that it was never trained on, or that have no value. options={"step_t": end}
+# stops at the end. Seen, for dx/dt = -0.1 x:
 #
 #   0 -> 1, the times asked for: 0 .. 5.431; with step_t: 0.0000 .. 1.0000
 #   1 -> 0, the times asked for: -4.513 .. 1; with step_t: 0.0000 .. 1.0000
@@ -39,7 +39,8 @@ for start, end in ((0.0, 1.0), (1.0, 0.0)):
         assert (y - exact).abs().max() < 1e-5
         ranges.append((min(seen), max(seen)))
     (low, high), (low_kept, high_kept) = ranges
-    print(f"{start:g} -> {end:g}, the times asked for: {low:.4g} .. {high:.4g}; with step_t: {low_kept:.4f} .. {high_kept:.4f}")
+    kept = f"{low_kept:.4f} .. {high_kept:.4f}"
+    print(f"{start:g} -> {end:g}, the times asked for: {low:.4g} .. {high:.4g}; with step_t: {kept}")
     ok &= (low < -1 or high > 2) and -1e-9 < low_kept and high_kept < 1 + 1e-9
 raise SystemExit(0 if ok else "torchdiffeq no longer behaves as described")
 PYTHON

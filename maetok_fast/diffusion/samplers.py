@@ -84,7 +84,7 @@ def sample(
     SamplingError: dopri5 met a velocity that is not finite or could not reach t = 0 (fixed steps carry NaN on).
     """
     steps, max_nfe = arguments.integer("steps", steps, 1), arguments.integer("max_nfe", max_nfe, 1)
-    tolerance = arguments.positive("tolerance", tolerance)
+    guidance, tolerance = arguments.number("guidance", guidance), arguments.positive("tolerance", tolerance)
     if not isinstance(method, str) or method not in METHODS:
         raise ValueError(f"unknown sampling method {method!r}: expected one of {', '.join(METHODS)}")
     arguments.noise(noise)
