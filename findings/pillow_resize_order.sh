@@ -2,7 +2,7 @@
 # Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 #
 # Pillow 13.0.0 against 12.0.0 (numpy 2.4.6): the same Image.resize call gives other pixels for tall images. Bicubic
-# resizing is two passes, each rounded and clipped to 8 bits, so their order shows. 12.0.0 goes across first; 13.0.0 goes
+# resizing is two passes, each rounded and clipped to 8 bits, so the order shows. 12.0.0 goes across first; 13.0.0 goes
 # down first for some shapes, without a word: portraits squeezed into a square, and images taller than 2 to 1 made
 # smaller. Wide images are equal. Statistics (FID) or caches made with the two versions differ for portrait photographs.
 # Two resize calls, one axis each, give the same pixels in both versions. Seen, on uniform noise, bicubic:

@@ -69,6 +69,15 @@ def test_commands_exist(page: Path) -> None:
     assert not missing, f"{page.relative_to(ROOT)} names commands that are not there: {', '.join(missing)}"
 
 
+def test_the_map_names_what_is_there() -> None:
+    paths = re.findall(
+        r"`((?:kernels|maetok_fast|csrc|benchmarks|tests|docs|\.ci)/[\w./-]*)`", (ROOT / "docs/map.md").read_text()
+    )
+    missing = [path for path in paths if not any((ROOT / f"{path}{suffix}").exists() for suffix in ("", ".py"))]
+    assert paths
+    assert not missing, f"docs/map.md names what is not there: {', '.join(missing)}"
+
+
 # ---- environment variables -----------------------------------------------------------------------------------------
 
 _NAME = r"[A-Z][A-Z0-9]*_?[A-Z0-9_]*"

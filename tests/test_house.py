@@ -26,6 +26,7 @@ LONG = {
     "tests/test_checkpoints.py": "every layout, read and written",
     "tests/test_fp8.py": "casts and the linear layer",
     "tests/test_models_tokenizer.py": "one model's tests",
+    "tests/test_ops.py": "one suite over all op records",
 }
 
 OTHERS = "*"  # every name of the room that has no place of its own
