@@ -13,8 +13,11 @@ The table is kept from call to call as long as the same memory is passed, which 
 are grouped by dtype, so a list of mixed dtypes costs a launch for each combination that occurs (one, normally).
 
 fp32 inside whatever the tensors are. Keep `ema` in fp32: at decay 0.9999 an update is 1e-4 of a difference, which bf16
-(2^-8) rounds away. `cast_to` serves fp32 master weights (`maetok_fast.precision.MasterWeights`): the optimizer has just
-written the masters, and this pass that reads them anyway hands them back to the low-precision model as well.
+(2^-8) rounds away; a 16-bit average at a decay above 0.99 is warned of, once a process. Integer and bool tensors (a
+batch norm's counter) have no average and take the new value. Of DTensors the local shards are averaged.
+
+`cast_to` serves fp32 master weights (`maetok_fast.precision.MasterWeights`): the optimizer has just written the
+masters, and this pass that reads them anyway hands them back to the low-precision model as well.
 
 Why this is no `Op` record: an op is a function of tensors with a value and gradients; this one mutates lists, returns
 nothing and has no derivative. It is a `torch.library.custom_op` all the same, so that torch.compile traces through it.
@@ -24,6 +27,8 @@ Backends by device: "triton" (CUDA), "native" (CPU), else "foreach": torch._fore
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -31,7 +36,7 @@ import torch
 from torch import Tensor
 
 from . import _native
-from ._dispatch import forced_backend, pick, why_missing
+from ._dispatch import fall_back, forced_backend, pick, why_missing
 from ._registration import NAMESPACE
 from ._triton import tl, triton
 
@@ -45,6 +50,17 @@ _STEPS = 8
 _CACHED = 16  # tables kept
 
 
+_EMA_DTYPES = (*_DTYPES, torch.float64, torch.complex64, torch.complex128)
+_HALF = (torch.bfloat16, torch.float16)
+_HALF_DECAY = 0.99  # an update is then 1/100 of a difference or less, and bf16 resolves 1/256 of the value
+_warned: set[str] = set()
+
+
+def _averages(e: Tensor) -> bool:
+    """Whether this tensor takes part in the average; integers and bools are copied."""
+    return e.is_floating_point() or e.is_complex()
+
+
 # ---- reference -----------------------------------------------------------------------------------------------------
 
 
@@ -52,8 +68,12 @@ _CACHED = 16  # tables kept
 def ema_update_ref(
     ema: Sequence[Tensor], params: Sequence[Tensor], decay: float | Tensor, cast_to: Sequence[Tensor] = ()
 ) -> None:
-    """ema[i] += (1 - decay) * (params[i] - ema[i]), then cast_to[i] = params[i]; tensor by tensor, in fp32 at least."""
+    """ema[i] += (1 - decay) * (params[i] - ema[i]), then cast_to[i] = params[i]; tensor by tensor, in fp32 at least.
+    Integer and bool tensors: ema[i] = params[i]."""
     for e, p in zip(ema, params):
+        if not _averages(e):
+            e.copy_(p)
+            continue
         wide = torch.promote_types(torch.float32, e.dtype)
         weight = 1 - (decay.to(e.device, torch.float64) if isinstance(decay, Tensor) else decay)
         e.copy_(torch.lerp(e.to(wide), p.to(wide), weight.to(wide) if isinstance(weight, Tensor) else weight))
@@ -219,6 +239,9 @@ def _foreach(ema: list[Tensor], params: list[Tensor], weight: float | Tensor, ca
         groups.setdefault((e.device, e.dtype, p.dtype), []).append(i)
     for members in groups.values():
         to, source = [ema[i] for i in members], [params[i] for i in members]
+        if not _averages(to[0]):
+            torch._foreach_copy_(to, source)
+            continue
         wide = torch.promote_types(torch.float32, to[0].dtype)
         step: Any = weight.to(to[0].device, wide) if isinstance(weight, Tensor) else weight  # torch's stub: numbers
         if to[0].dtype == wide:
@@ -229,6 +252,33 @@ def _foreach(ema: list[Tensor], params: list[Tensor], weight: float | Tensor, ca
             torch._foreach_copy_(to, widened)
     if cast_to:
         torch._foreach_copy_(cast_to, params)
+
+
+def _refuse_slower(apart: Sequence[int], lists: Sequence[Sequence[Tensor]]) -> None:
+    """Strict mode raises where tensors that a kernel could average, in other dtypes or strides, are left to foreach."""
+    slower = [i for i in apart if _averages(lists[0][i])]
+    if not slower:
+        return
+    first = ", ".join(
+        f"{t.dtype} with strides {t.stride()}" for t in (tensors[slower[0]] for tensors in lists if tensors)
+    )
+    why = f"{len(slower)} of {len(lists[0])} tensors are not dense fp32, bf16 or fp16 on one device, the first: {first}"
+    fall_back("ema_update", why)
+
+
+def _warn_of_16_bits(ema: Sequence[Tensor], decay: float | Tensor) -> None:
+    """Once a process; a decay on a GPU is not read, which would synchronise, and counts as high."""
+    if "16 bits" in _warned or not any(e.dtype in _HALF for e in ema):
+        return
+    if isinstance(decay, Tensor):
+        decay = decay.item() if decay.device.type == "cpu" else 1.0
+    if decay > _HALF_DECAY:
+        _warned.add("16 bits")
+        warnings.warn(
+            f"ema_update: an average in 16 bits at a decay above {_HALF_DECAY} stands still, its steps are rounded "
+            "away; keep ema in fp32",
+            stacklevel=2,
+        )
 
 
 def _choose(device: str) -> str:
@@ -246,6 +296,7 @@ def _ema_update(
     on = ema[0].device.type
     name = _choose(on)
     at: float | Tensor = decay if decay_tensor is None else decay_tensor
+    _warn_of_16_bits(ema, at)
     if forced_backend() == "reference":
         ema_update_ref(ema, params, at, cast_to)
         return
@@ -253,6 +304,7 @@ def _ema_update(
     if name != "reference":
         plan = _plan(ema, params, cast_to, name == "triton")
         apart = plan.apart
+        _refuse_slower(apart, (ema, params, cast_to))
         for group in plan.groups:
             if name == "triton":
                 _triton(group, 1 - decay, decay_tensor)
@@ -270,6 +322,19 @@ def _(
     return None
 
 
+def _local(*lists: list[Tensor]) -> tuple[list[Tensor], ...]:
+    """The local shards of DTensors; the operator knows no other way to split one."""
+    from torch.distributed.tensor import DTensor
+
+    placed = [[t.placements if isinstance(t, DTensor) else None for t in tensors] for tensors in lists if tensors]
+    for i, places in enumerate(zip(*placed)):
+        if any(p != places[0] for p in places):
+            raise ValueError(
+                f"ema_update: the tensors at {i} must be sharded alike, got {' and '.join(map(str, places))}"
+            )
+    return tuple([t.to_local() if isinstance(t, DTensor) else t for t in tensors] for tensors in lists)
+
+
 @torch.no_grad()
 def ema_update(
     ema: Sequence[Tensor], params: Sequence[Tensor], decay: float | Tensor, cast_to: Sequence[Tensor] | None = None
@@ -277,11 +342,14 @@ def ema_update(
     """ema[i] += (1 - decay) * (params[i] - ema[i]) in place, then cast_to[i] = params[i] where `cast_to` is given.
 
     ema, params, cast_to: lists of tensors, equal shapes at equal places, any mixture of fp32, bf16 and fp16 (others,
-    and views that are not dense, take a slower way). Keep ema in fp32. No tensor may occur twice among ema and cast_to.
+    and views that are not dense, take a slower way, which strict mode refuses). Keep ema in fp32: UserWarning for 16
+    bits at a decay above 0.99. No tensor may occur twice among ema and cast_to. Integer and bool tensors of ema take
+    the new value. DTensors: those at equal places must have equal placements; their local shards are updated.
     decay: in [0, 1], a number or a tensor of one element. On the tensors' device it is read there, without a
     synchronisation; give it fp64, since 1 - 0.9999 in fp32 is off by 2e-4 of itself. Under torch.compile a number is a
     constant of the graph: pass a tensor where it changes.
     Gradients do not flow. ValueError when the lists or their shapes do not fit, or a number lies outside [0, 1].
+    TypeError for an ema that can hold no average: FP8, or integers beside floating-point parameters.
     """
     ema, params, cast_to = list(ema), list(params), list(cast_to or ())
     if len(ema) != len(params) or (cast_to and len(cast_to) != len(ema)):
@@ -293,6 +361,8 @@ def ema_update(
         if e.shape != p.shape or (cast_to and cast_to[i].shape != p.shape):
             shapes = " and ".join(str(tuple(t.shape)) for t in (e, p, *cast_to[i : i + 1]))
             raise ValueError(f"ema_update: the tensors at {i} must have one shape, got {shapes}")
+        if e.dtype not in _EMA_DTYPES and (_averages(e) or _averages(p)):
+            raise TypeError(f"ema_update: ema[{i}] is {e.dtype}, which holds no average of {p.dtype}; keep it in fp32")
     if not isinstance(decay, Tensor):
         if not 0 <= decay <= 1:
             raise ValueError(f"ema_update: decay must lie in [0, 1], got {decay}")
@@ -300,6 +370,8 @@ def ema_update(
         raise ValueError(f"ema_update: decay must have one element, got shape {tuple(decay.shape)}")
     if not ema:
         return
+    if "torch.distributed.tensor" in sys.modules:
+        ema, params, cast_to = _local(ema, params, cast_to)
     if not isinstance(decay, Tensor):
         _ema_update(ema, params, float(decay), None, cast_to)
     elif decay.device.type == "cpu" and ema[0].device.type != "cpu" and not torch.compiler.is_compiling():

@@ -1,3 +1,4 @@
+# Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 """maetok_fast: fast kernels and models for the MAETok image tokenizer and the generators on its latent tokens.
 
 Arrows point down only; importing this package loads nothing, every part is loaded when it is first named:

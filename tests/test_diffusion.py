@@ -9,7 +9,18 @@ import sys
 import pytest
 import torch
 
-from maetok_fast.diffusion import COSINE, LINEAR, Guidance, flip_time, get_path, sample, sample_times, shift_times
+from maetok_fast import diffusion, inference
+from maetok_fast.diffusion import (
+    COSINE,
+    LINEAR,
+    Guidance,
+    SamplingError,
+    flip_time,
+    get_path,
+    sample,
+    sample_times,
+    shift_times,
+)
 from maetok_fast.models import SiT, SiTConfig
 
 MEAN, STD = 1.5, 0.5
@@ -53,6 +64,85 @@ def test_dopri5_solves_it(noise):
     result = sample(gaussian_velocity, noise, None, method="dopri5")
     torch.testing.assert_close(result.latents, MEAN + STD * noise, atol=1e-3, rtol=0)
     assert result.nfe > 10
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_dopri5_stops_where_the_velocity_is_not_finite(value, noise):
+    pytest.importorskip("torchdiffeq")
+
+    def breaks(x, t, y):
+        return torch.where(t < 0.5, value, -1.0).to(x.dtype).reshape(-1, 1, 1).expand_as(x)
+
+    with pytest.raises(
+        SamplingError, match=r"dopri5 stopped at t = (0\.[0-4]\d*|0), NFE \d+: the velocity is not finite"
+    ):
+        sample(breaks, noise, None, method="dopri5")
+
+
+@pytest.mark.parametrize("state", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda x, t, y: x / t.to(x.dtype).reshape(-1, 1, 1) ** 3,  # no finite value at t = 0
+        lambda x, t, y: -1e4 * (x - torch.cos(1e4 * t).to(x.dtype).reshape(-1, 1, 1)),
+        lambda x, t, y: torch.randn_like(x) * 100,  # no function at all
+    ],
+    ids=["singular", "stiff", "noise"],
+)
+def test_dopri5_has_a_bound_on_its_work(model, state, noise):
+    pytest.importorskip("torchdiffeq")
+    calls = []
+
+    def counted(x, t, y):
+        calls.append(float(t[0]))
+        return model(x, t, y)
+
+    with pytest.raises(SamplingError, match=r"dopri5 stopped at t = [\d.e-]+, NFE \d+: .*; a finite model") as error:
+        sample(counted, noise, None, method="dopri5", state_dtype=state, max_nfe=500)
+    assert len(calls) <= 500
+    reached = float(str(error.value).split("t = ")[1].split(",")[0])
+    assert 0 < reached <= 1  # the last step taken: no trial step is further on than one step from it
+    assert min(calls) <= reached + 1e-3
+
+
+def test_dopri5_says_when_its_tolerance_cannot_be_met(noise):
+    pytest.importorskip("torchdiffeq")
+    state = {"state_dtype": torch.float32, "max_nfe": 2000}
+    assert sample(gaussian_velocity, noise, None, method="dopri5", tolerance=1e-4, **state).nfe < 200
+    with pytest.raises(SamplingError, match="give a larger one, or use method='heun'"):
+        sample(gaussian_velocity, noise, None, method="dopri5", tolerance=1e-12, **state)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 30.0])
+def test_dopri5_stays_inside_the_times_of_the_model(scale, noise):
+    pytest.importorskip("torchdiffeq")
+    times = []
+
+    def model(x, t, y):
+        times.append(float(t[0]))
+        return -scale * torch.sin(x)
+
+    sample(model, noise, None, method="dopri5", tolerance=1e-3)
+    assert max(times) == 1
+    assert 0 <= min(times) < 1e-6
+
+
+def test_dopri5_leaves_a_models_own_assertions_alone(noise):
+    pytest.importorskip("torchdiffeq")
+
+    def model(x, t, y):
+        assert len(x) == 3, "three rows, please"
+        return x
+
+    with pytest.raises(AssertionError, match="three rows, please"):
+        sample(model, noise, None, method="dopri5")
+
+
+@pytest.mark.parametrize("tolerance", [0.0, -1.0])
+@pytest.mark.parametrize("method", ["dopri5", "euler"])
+def test_tolerance_must_be_positive(tolerance, method, noise):
+    with pytest.raises(ValueError, match="tolerance must be > 0, got"):
+        sample(gaussian_velocity, noise, None, method=method, tolerance=tolerance)
 
 
 def test_dopri5_without_its_package(noise, monkeypatch):
@@ -248,6 +338,112 @@ def test_bad_arguments(noise):
         sample(gaussian_velocity, noise, None, temperature=0.5)
     with pytest.raises(ValueError, match="give its scale, or leave negative out"):
         sample(gaussian_velocity, noise, None, negative=gaussian_velocity)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "match"),
+    [
+        ("state_dtype", torch.int64, TypeError, r"state_dtype must be torch\.float64, .* got torch\.int64"),
+        ("state_dtype", "float64", TypeError, "state_dtype must be .* got 'float64'"),
+        ("state_dtype", torch.float8_e4m3fn, TypeError, "state_dtype must be .* got torch.float8_e4m3fn"),
+        ("steps", True, TypeError, "steps must be an integer, got True"),
+        ("method", ["euler"], ValueError, r"unknown sampling method \['euler'\]"),
+        ("guidance", "2", TypeError, "guidance must be a number, got '2'"),
+        ("guidance", float("nan"), ValueError, "guidance must be finite, got nan"),
+        ("interval", (0.1, "1"), TypeError, "interval must be a number, got '1'"),
+        ("interval", (float("nan"), 1.0), ValueError, "interval must be finite"),
+        ("negative", "ema", TypeError, r"negative must be a callable \(x, t, y\) -> velocity, got str"),
+        ("guidance_channels", 0, ValueError, "guidance_channels must be at least 1, got 0"),
+        ("guidance_channels", 1.5, TypeError, "guidance_channels must be an integer"),
+        ("path", ["linear"], ValueError, r"unknown path \['linear'\]: expected one of cosine, linear"),
+        ("shift", 0.0, ValueError, "shift must be > 0, got 0.0"),
+        ("shift", float("nan"), ValueError, "shift must be finite, got nan"),
+        ("shift", None, TypeError, "shift must be a number, got None"),
+        ("null_label", 2.0, TypeError, "null_label must be an integer, got 2.0"),
+        ("null_label", -1, ValueError, "null_label must be at least 0, got -1"),
+        ("generator", 3, TypeError, "generator must be a torch.Generator or None, got int"),
+        ("tolerance", "1e-5", TypeError, "tolerance must be a number"),
+        ("max_nfe", 0, ValueError, "max_nfe must be at least 1, got 0"),
+    ],
+)
+def test_every_argument_is_checked(name, value, error, match, noise):
+    calls = []
+
+    def model(x, t, y):
+        calls.append(t)
+        return x
+
+    with pytest.raises(error, match=match):
+        sample(model, noise, None, **{"steps": 2, name: value})
+    assert not calls  # before any work
+
+
+def test_more_arguments(noise):
+    with pytest.raises(TypeError, match=r"model must be a callable .* got str"):
+        sample("sit-xl-1", noise, None)
+    with pytest.raises(ValueError, match="noise must be"):
+        sample(gaussian_velocity, noise[0], None)
+    with pytest.raises(TypeError, match="temperature must be a number, got 'hot'"):
+        sample(lambda x, t, y, beta: x, noise, None, temperature="hot")
+    with pytest.raises(ValueError, match=r"use state_dtype=torch\.float64 or float32"):
+        sample(gaussian_velocity, noise, None, method="dopri5", state_dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="y and noise must be on one device"):
+        sample(gaussian_velocity, noise, torch.zeros(4, dtype=torch.int64, device="meta"))
+    model = small_model()
+    with pytest.raises(ValueError, match=r"null_label=11 is no class of this model: .* 0 \.\. 10"):
+        sample(model, noise, torch.arange(4), guidance=2.0, null_label=11)
+
+
+@pytest.mark.parametrize("method", list(diffusion.METHODS))
+@pytest.mark.parametrize(
+    ("returned", "error", "match"),
+    [
+        (lambda x: x[:, :1], ValueError, r"returns must return a velocity of x's shape \(4, 8, 3\), got \(4, 1, 3\)"),
+        (lambda x: x.repeat(1, 1, 2), ValueError, r"got \(4, 8, 6\)"),
+        (lambda x: x[0], ValueError, r"got \(8, 3\)"),
+        (lambda x: (x, x), TypeError, r"tensor of shape \(4, 8, 3\), got tuple"),
+        (lambda x: x.long(), TypeError, "floating-point velocity, got torch.int64"),
+        (lambda x: x.to("meta"), ValueError, "on x's device cpu, got meta"),
+    ],
+)
+@pytest.mark.parametrize("planned", [False, True])
+def test_what_a_model_returns_is_checked(returned, error, match, planned, method, noise):
+    if method == "dopri5":
+        pytest.importorskip("torchdiffeq")
+
+    def returns(x, t, y):
+        return returned(x)
+
+    class returns_planned(Planned):
+        def __call__(self, x, t, y):
+            return returned(x)
+
+    with pytest.raises(error, match=match if not planned else match.replace("returns", "returns_planned")):
+        sample(returns_planned() if planned else returns, noise, None, method=method, steps=2)
+
+
+@pytest.mark.parametrize("state", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_every_floating_state_dtype(state, noise):
+    exact = sample(lambda x, t, y: -x, noise, None, method="euler", steps=4).latents
+    got = sample(lambda x, t, y: -x, noise, None, method="euler", steps=4, state_dtype=state).latents
+    assert got.dtype == noise.dtype
+    # four sums, each rounded to the state's dtype
+    torch.testing.assert_close(got, exact, rtol=0, atol=4 * torch.finfo(state).eps * exact.abs().max().item())
+
+
+def test_dopri5_plans_nothing(noise):
+    pytest.importorskip("torchdiffeq")
+    model = Planned()
+    sample(model, noise, torch.arange(4), method="dopri5", guidance=2.0)
+    assert model.plans == []
+
+
+def test_the_protocols_know_our_models():
+    prepared = inference.prepare(small_model(dim=64).float(), dtype="fp32")
+    assert isinstance(prepared, diffusion.Planned)
+    assert isinstance(Planned(), diffusion.Planned)
+    assert not isinstance(small_model(), diffusion.Planned)
+    assert not isinstance(gaussian_velocity, diffusion.Planned)
 
 
 def small_model(**fields):

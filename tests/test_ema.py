@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from maetok_fast.kernels import BackendError, _native, backend, ema_update
+from maetok_fast.kernels import _dispatch
 from maetok_fast.kernels import ema as module
 from maetok_fast.kernels._triton import why_no_triton
 from maetok_fast.precision import MasterWeights
@@ -26,7 +29,7 @@ def name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     if missing is not None:
         pytest.skip(missing)
     if which == "foreach":
-        monkeypatch.setattr(module, "_choose", lambda device: "foreach")
+        monkeypatch.setattr(module, "_choose", lambda device: "reference")
         yield which
     else:
         with backend(which):
@@ -78,6 +81,117 @@ def test_doubles_and_views_take_the_slower_way(name: str) -> None:
     for e, w, c, p in zip(ema, wanted, cast, params):
         torch.testing.assert_close(e.double(), w, rtol=1e-6, atol=1e-6)
         assert torch.equal(c, p)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool], ids=str)
+def test_integers_take_the_new_value(name: str, dtype: torch.dtype) -> None:
+    """As a batch norm's counter, in the middle of a model's tensors."""
+    ema, params = draw(), draw(seed=1)
+    wanted = exact(ema, params, 0.9)
+    counter, new = torch.zeros(3, dtype=dtype), torch.tensor([1, 0, 1], dtype=dtype)
+    cast = [torch.zeros_like(p) for p in params]
+    ema_update([*ema[:4], counter, *ema[4:]], [*params[:4], new, *params[4:]], 0.9, [*cast[:4], new.clone(), *cast[4:]])
+    assert torch.equal(counter, new)
+    for e, w, c, p in zip(ema, wanted, cast, params):
+        assert_rounded(e, w)
+        assert torch.equal(c, p)
+
+
+def test_complex_tensors(name: str) -> None:
+    ema, params = torch.randn(5, dtype=torch.complex64), torch.randn(5, dtype=torch.complex64)
+    wanted = 0.75 * ema + 0.25 * params
+    ema_update([ema], [params], 0.75)
+    torch.testing.assert_close(ema, wanted)
+
+
+def test_a_tensor_that_holds_no_average_is_refused(name: str) -> None:
+    for dtype in (torch.int64, torch.bool, torch.float8_e4m3fn):
+        with pytest.raises(
+            TypeError, match=rf"ema\[1\] is {dtype}, which holds no average of torch\.float32; keep it in"
+        ):
+            ema_update([torch.zeros(2), torch.zeros(3).to(dtype)], [torch.ones(2), torch.ones(3)], 0.9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_16_bits_at_a_high_decay_are_warned_of_once(
+    name: str, dtype: torch.dtype, as_tensor: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_warned", set())
+
+    def update(at: float, dtype: torch.dtype) -> list[str]:
+        decay = torch.tensor(at, dtype=torch.float64) if as_tensor else at
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            ema_update([torch.ones(4), torch.ones(4, dtype=dtype)], [torch.zeros(4), torch.zeros(4)], decay)
+        return [str(w.message) for w in caught if "ema_update" in str(w.message)]
+
+    assert update(0.9999, torch.float32) == []
+    assert update(0.99, dtype) == []
+    assert update(0.9999, dtype) == [
+        "ema_update: an average in 16 bits at a decay above 0.99 stands still, its steps are rounded away; "
+        "keep ema in fp32"
+    ]
+    assert update(0.9999, dtype) == []
+
+
+def test_16_bits_stand_still_as_the_warning_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_warned", {"16 bits"})
+    ema, wide = torch.ones(4, dtype=torch.bfloat16), torch.ones(4)
+    for _ in range(1000):
+        ema_update([ema, wide], [torch.full((4,), 1.001)] * 2, 0.999)
+    assert (ema == 1).all()
+    assert (wide > 1.0005).all()
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        lambda: (torch.ones(4, 4)[:, ::2], torch.zeros(4, 2)),
+        lambda: (torch.ones(2, dtype=torch.float64), torch.zeros(2)),
+        lambda: (torch.ones(2), torch.zeros(2, dtype=torch.float64)),
+        lambda: (torch.ones(3, 4).t(), torch.zeros(4, 3)),
+    ],
+)
+@pytest.mark.parametrize("which", ["native", "triton"])
+def test_strict_mode_refuses_a_slower_way(which: str, pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = {"native": _native.why_missing(), "triton": why_no_triton("cpu")}[which]
+    if missing is not None:
+        pytest.skip(missing)
+    monkeypatch.setattr(_dispatch._State, "strict", True)
+    e, p = pair()
+    with backend(which):
+        with pytest.raises(
+            BackendError, match=r"MAETOK_FAST_STRICT=1 .*1 of 2 tensors are not dense fp32, bf16 or fp16"
+        ):
+            ema_update([torch.zeros(2), e], [torch.ones(2), p], 0.5)
+        assert (e == 1).all()
+        # nothing slower exists for a copy, and what the kernels take passes
+        ema_update([torch.zeros(2), torch.zeros(2).int()], [torch.ones(2), torch.ones(2).int()], 0.5)
+    with backend("reference"):
+        ema_update([e], [p], 0.5)
+    assert (e == 0.5).all()
+
+
+def test_sharded_parameters(name: str) -> None:
+    """DTensors, as fully_shard makes them, on one process: the local shards are averaged."""
+    distributed = pytest.importorskip("torch.distributed.tensor")
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = dist.init_device_mesh("cpu", (1,))
+        ema, params, cast = draw(), draw(seed=1), [p.bfloat16() for p in draw()]
+        wanted = exact(ema, params, 0.9)
+        lists = [[distributed.DTensor.from_local(t.clone(), mesh) for t in tensors] for tensors in (ema, params, cast)]
+        ema_update(*lists[:2], 0.9, lists[2])
+        for e, w, c, p in zip(lists[0], wanted, lists[2], params):
+            assert_rounded(e.to_local(), w)
+            assert torch.equal(c.to_local(), p.bfloat16())
+        with pytest.raises(ValueError, match=r"tensors at 0 must be sharded alike, got .*Replicate.* and None"):
+            ema_update(lists[0], params, 0.9)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_channels_last_stays_on_the_kernel(name: str) -> None:
@@ -193,6 +307,8 @@ def test_parameters_with_gradients(name: str) -> None:
 def test_torch_compile(name: str, mode: str) -> None:
     if name == "foreach":
         pytest.skip("the graph holds the same operator whatever it runs")
+    import torch.distributed.tensor  # which DTensors would have done, and which is then looked at in the graph
+
     torch._dynamo.reset()
     params, decay = draw(seed=1), torch.tensor(0.9, dtype=torch.float64)
     ema, cast = draw(), [p.bfloat16() for p in draw()]

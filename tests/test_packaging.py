@@ -1,3 +1,4 @@
+# Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 """What gets installed: the wheel, the source distribution, and installs without a compiler or without nvcc.
 
 Builds run here without isolation and without dependencies, on a copy of the tree; .ci/run covers the isolated install.

@@ -8,10 +8,7 @@
     temperature beta      guidance-free training: the model takes beta and one forward of B rows is the answer
     interval [low, high]  times outside it run the conditional branch alone: B rows, nothing computed and dropped
 
-Prepared models may offer `plan(ts, y) -> plan` and `step(plan, i, x) -> v`: what depends on (t, y) alone (a third of
-SiT-XL's weights) can then be computed for many steps in one go, and `step` runs the rest for time ts[i]. `plan` is
-called once per sampling run with the labels of one forward, null labels included, so equal labels may share their rows;
-how many steps it holds at once is the model's business.
+Models that can plan their steps (`protocols.Planned`) are planned for all steps whose times are known ahead.
 """
 
 from __future__ import annotations
@@ -22,6 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maetok_fast.diffusion import _arguments as arguments
+from maetok_fast.diffusion.protocols import Planned, Velocity
+
 
 @dataclass(frozen=True)
 class Guidance:
@@ -29,15 +29,20 @@ class Guidance:
 
     scale: float = 1.0
     interval: tuple[float, float] = (0.0, 1.0)
-    negative: Any = None
+    negative: Velocity | None = None
     channels: int | None = None
     temperature: float | None = None
     null_label: int = 1000
 
     def __post_init__(self) -> None:
-        low, high = self.interval
+        arguments.number("guidance", self.scale)
+        if not isinstance(self.interval, (tuple, list)) or len(self.interval) != 2:
+            raise TypeError(f"interval must be a pair (low, high) of times, got {self.interval!r}")
+        low, high = (arguments.number("interval", time) for time in self.interval)
         if not low <= high:
             raise ValueError(f"the guidance interval must be (low, high) in t with low <= high, got {self.interval}")
+        if self.temperature is not None:
+            arguments.number("temperature", self.temperature)
         if self.temperature is not None and self.scale != 1.0:
             raise ValueError(
                 f"temperature={self.temperature} (guidance-free training) and guidance={self.scale} cannot be combined:"
@@ -45,8 +50,9 @@ class Guidance:
             )
         if self.negative is not None and self.scale == 1.0:
             raise ValueError("negative is only used by guidance != 1: give its scale, or leave negative out")
-        if self.channels is not None and self.channels < 1:
-            raise ValueError(f"guidance channels must be at least 1, got {self.channels}")
+        if self.channels is not None:
+            arguments.integer("guidance_channels", self.channels, 1)
+        arguments.integer("null_label", self.null_label, 0)
 
     def active(self, t: float) -> bool:
         """Does time t need the second branch?"""
@@ -61,13 +67,13 @@ class Guidance:
         return torch.cat([guided.narrow(channel_dim, 0, self.channels), rest], dim=channel_dim)
 
 
-class Velocity:
+class GuidedVelocity:
     """v(x, i) = the guided velocity at time ts[i]; counts `nfe` (evaluations) and `rows` (network rows forwarded).
 
     x: (B, L, C) token latents or (B, C, H, W) grids in `dtype`; y: (B,) int64 labels. Results come back in x's dtype.
     """
 
-    def __init__(self, model: Any, ts: Tensor, y: Tensor, guidance: Guidance, dtype: torch.dtype) -> None:
+    def __init__(self, model: Velocity, ts: Tensor, y: Tensor, guidance: Guidance, dtype: torch.dtype) -> None:
         self.guidance, self.dtype = guidance, dtype
         self.ts = [float(t) for t in ts]
         self.nfe = 0
@@ -108,16 +114,23 @@ class Velocity:
 class _Branch:
     """One model with one set of labels; planned, if the model can, for the given steps of ts."""
 
-    def __init__(self, model: Any, *, y: Tensor, ts: Tensor, steps: list[int], extra: dict[str, float] | None = None):
-        self.model, self.y, self.extra = model, y, extra or {}
+    def __init__(
+        self, model: Velocity, *, y: Tensor, ts: Tensor, steps: list[int], extra: dict[str, float] | None = None
+    ) -> None:
+        self.model: Any = model  # called with `extra`, which no type can say
+        self.y, self.extra = y, extra or {}
         # With a temperature the modulations depend on beta too, which a plan does not carry.
-        planned = steps and hasattr(model, "plan") and hasattr(model, "step") and not self.extra
-        self.plan = model.plan(ts[steps], y) if planned else None
-        self.place = {step: k for k, step in enumerate(steps)}
+        self.plan: Any = None
+        self.place: dict[int, int] = {}  # of a step in the plan
+        if steps and not self.extra and isinstance(model, Planned):
+            self.plan = model.plan(ts[steps], y)
+            self.place = {step: k for k, step in enumerate(steps)}
 
     def __call__(self, x: Tensor, t: float, i: int | None) -> Tensor:
-        if self.plan is not None and i is not None:
-            return self.model.step(self.plan, self.place[i], x)
-        times = torch.full((len(x),), t, device=x.device, dtype=torch.float32)
-        extra = {name: torch.full_like(times, value) for name, value in self.extra.items()}
-        return self.model(x, times, self.y, **extra)
+        if i is not None and i in self.place:
+            v = self.model.step(self.plan, self.place[i], x)
+        else:
+            times = torch.full((len(x),), t, device=x.device, dtype=torch.float32)
+            extra = {name: torch.full_like(times, value) for name, value in self.extra.items()}
+            v = self.model(x, times, self.y, **extra)
+        return arguments.velocity(v, x, self.model)

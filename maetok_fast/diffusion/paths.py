@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maetok_fast.diffusion._arguments import positive
+
 
 @dataclass(frozen=True)
 class Path:
@@ -72,7 +74,7 @@ def get_path(path: str | Path) -> Path:
     """A path by name ("linear" or "cosine"); a `Path` is returned as it is."""
     if isinstance(path, Path):
         return path
-    if path not in _PATHS:
+    if not isinstance(path, str) or path not in _PATHS:
         raise ValueError(f"unknown path {path!r}: expected one of {', '.join(sorted(_PATHS))}")
     return _PATHS[path]
 
@@ -106,8 +108,7 @@ def shift_times(t: Tensor, shift: float) -> Tensor:
     In the opposite time convention (t = 1 is data) the same map has the reciprocal shift, so a LightningDiT
     `timestep_shift` of 0.3 is 1/0.3 here.
     """
-    if shift <= 0:
-        raise ValueError(f"the time shift must be positive, got {shift}")
+    shift = positive("shift", shift)
     return shift * t / (1 + (shift - 1) * t)
 
 

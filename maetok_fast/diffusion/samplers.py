@@ -16,7 +16,6 @@ dtype of `noise`. Guidance and its cost live in guidance.py; here a velocity is 
 from __future__ import annotations
 
 import inspect
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,11 +23,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maetok_fast.diffusion.guidance import Guidance, Velocity
+from maetok_fast.diffusion import _arguments as arguments
+from maetok_fast.diffusion.guidance import Guidance, GuidedVelocity
 from maetok_fast.diffusion.paths import Path, get_path, shift_times
+from maetok_fast.diffusion.protocols import Velocity
 from maetok_fast.models._checks import check_label_range
 
 SDE_LAST_TIME = 0.04  # below it the score's 1/t makes the noise term stiff
+
+
+class SamplingError(RuntimeError):
+    """The adaptive solver stopped before t = 0; the message says at which time, why, and what may help."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class Samples:
 
 @torch.no_grad()
 def sample(
-    model: Any,
+    model: Velocity,
     noise: Tensor,
     y: Tensor | None,
     *,
@@ -51,7 +56,7 @@ def sample(
     method: str = "sde",
     guidance: float = 1.0,
     interval: tuple[float, float] = (0.0, 1.0),
-    negative: Any = None,
+    negative: Velocity | None = None,
     guidance_channels: int | None = None,
     temperature: float | None = None,
     path: str | Path = "linear",
@@ -60,75 +65,77 @@ def sample(
     generator: torch.Generator | None = None,
     state_dtype: torch.dtype = torch.float64,
     tolerance: float = 1e-5,
+    max_nfe: int = 10_000,
     progress: bool = False,
 ) -> Samples:
     """Latents sampled from `noise` (B, L, C) or (B, C, H, W) ~ N(0, 1) with labels y (B,) int64.
 
-    model: (x, t (B,) in [0, 1], y) -> velocity of x's shape, in the t = 0 data convention; see guidance.py for models
+    model: (x, t (B,) in [0, 1], y) -> velocity of x's shape, in the t = 0 data convention; see protocols.py for models
         that plan their steps, and `flip_time` for models of the other convention. In eval mode, as `negative`.
     y: None samples unconditionally (the null label everywhere).
     null_label: None is the model's own, `model.config.num_classes`, or 1000 for callables without a config.
     guidance, interval, negative, guidance_channels, temperature: guidance.py's table.
     path: the path the model was trained on (the SDE's score needs it); shift: `shift_times`.
-    generator: randomness of the SDE; tolerance: absolute and relative, dopri5 only.
+    generator: randomness of the SDE, on noise's device. state_dtype: of the sums, fp64 or narrower; dopri5 takes fp64
+    or fp32.
+    tolerance, max_nfe: dopri5 only: the absolute and relative error of a step, and the evaluations allowed in all.
+
+    TypeError, ValueError: an argument, or what a model returned, does not fit (its name and value are in the message).
+    SamplingError: dopri5 met a velocity that is not finite or could not reach t = 0 (fixed steps carry NaN on).
     """
-    steps = _integer("steps", steps)
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
-    if method not in METHODS:
+    steps, max_nfe = arguments.integer("steps", steps, 1), arguments.integer("max_nfe", max_nfe, 1)
+    guidance, tolerance = arguments.number("guidance", guidance), arguments.positive("tolerance", tolerance)
+    if not isinstance(method, str) or method not in METHODS:
         raise ValueError(f"unknown sampling method {method!r}: expected one of {', '.join(METHODS)}")
-    if not isinstance(noise, Tensor) or not noise.is_floating_point():
-        got = noise.dtype if isinstance(noise, Tensor) else type(noise).__name__
-        raise TypeError(f"noise must be a floating-point tensor, got {got}")
-    if noise.ndim < 2 or noise.numel() == 0:
-        raise ValueError(f"noise must be (B, L, C) or (B, C, H, W) with no size 0, got {tuple(noise.shape)}")
-    if not isinstance(interval, (tuple, list)) or len(interval) != 2:
-        raise TypeError(f"interval must be a pair (low, high) of times, got {interval!r}")
-    for name, network in (("model", model), ("negative", negative)):
-        if getattr(network, "training", False):
-            raise ValueError(f"{name} is in training mode, which drops labels at random; call {name}.eval() first")
+    arguments.noise(noise)
+    arguments.state_dtype(state_dtype, method)
+    arguments.generator(generator, noise)
+    arguments.model("model", model)
+    if negative is not None:
+        arguments.model("negative", negative)
     if temperature is not None and not _takes_beta(model):
         raise ValueError(
             f"temperature={temperature} is for models trained guidance-free, called as model(x, t, y, beta); "
             f"{type(model).__name__} takes no beta: use guidance instead"
         )
+    two_labels = guidance != 1.0 and negative is None
     if null_label is None:
-        two_branches = guidance != 1.0 and negative is None
-        null_label = _null_label(model, "guidance" if two_branches else "y=None" if y is None else None)
-    settings = Guidance(guidance, (interval[0], interval[1]), negative, guidance_channels, temperature, null_label)
+        null_label = _null_label(model, "guidance" if two_labels else "y=None" if y is None else None)
+    settings = Guidance(guidance, interval, negative, guidance_channels, temperature, null_label)
+    if y is None or two_labels:
+        _check_null_label(null_label, model)
     if y is None:
         y = torch.full((len(noise),), null_label, dtype=torch.int64, device=noise.device)
-    if not isinstance(y, Tensor):
-        raise TypeError(f"y must be a tensor of int64 labels or None, got {type(y).__name__}")
-    if y.shape != (len(noise),) or y.dtype != torch.int64:
-        raise ValueError(
-            f"y must be int64 labels of shape ({len(noise)},), one per sample; got {y.dtype} {tuple(y.shape)}"
-        )
+    arguments.labels(y, noise)
     for network in (model, negative):
         check_label_range(y, getattr(network, "config", None))
+    on = get_path(path)
     if method == "sde":
         ts = torch.linspace(1.0, SDE_LAST_TIME, steps, dtype=torch.float64)
     else:
         ts = torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64)[:-1]
     ts = shift_times(ts, shift)
-    velocity = Velocity(model, ts, y, settings, noise.dtype)
+    if method == "dopri5":
+        ts = ts[:0]  # it finds its own times: nothing to plan
+    velocity = GuidedVelocity(model, ts, y, settings, noise.dtype)
     latents = METHODS[method](
         velocity,
         noise.to(state_dtype),
         [*velocity.ts, 0.0],
-        path=get_path(path),
+        path=on,
         generator=generator,
         tolerance=tolerance,
-        track=_track(steps, progress),
+        max_nfe=max_nfe,
+        track=_track(progress),
     )
     return Samples(latents.to(noise.dtype), velocity.nfe, velocity.rows)
 
 
-def _integer(name: str, value: Any) -> int:
+def _check_null_label(null_label: int, model: Any) -> None:
     try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+        check_label_range(torch.tensor([null_label]), getattr(model, "config", None))
+    except ValueError as error:
+        raise ValueError(f"null_label={null_label} is no class of this model: {error}") from None
 
 
 def _takes_beta(model: Any) -> bool:
@@ -147,13 +154,13 @@ def _null_label(model: Any, user: str | None) -> int:
     return getattr(config, "num_classes", 1000)
 
 
-def _euler(v: Velocity, x: Tensor, ts: list[float], *, track: Callable, **_: Any) -> Tensor:
+def _euler(v: GuidedVelocity, x: Tensor, ts: list[float], *, track: Callable, **_: Any) -> Tensor:
     for i in track(len(ts) - 1):
         x = x + (ts[i + 1] - ts[i]) * v(x, i)
     return x
 
 
-def _heun(v: Velocity, x: Tensor, ts: list[float], *, track: Callable, **_: Any) -> Tensor:
+def _heun(v: GuidedVelocity, x: Tensor, ts: list[float], *, track: Callable, **_: Any) -> Tensor:
     last = len(ts) - 2
     for i in track(len(ts) - 1):
         dt = ts[i + 1] - ts[i]
@@ -165,7 +172,14 @@ def _heun(v: Velocity, x: Tensor, ts: list[float], *, track: Callable, **_: Any)
 
 
 def _sde(
-    v: Velocity, x: Tensor, ts: list[float], *, path: Path, generator: torch.Generator | None, track: Callable, **_: Any
+    v: GuidedVelocity,
+    x: Tensor,
+    ts: list[float],
+    *,
+    path: Path,
+    generator: torch.Generator | None,
+    track: Callable,
+    **_: Any,
 ) -> Tensor:
     last = len(ts) - 2
     for i in track(len(ts) - 1):
@@ -181,21 +195,56 @@ def _sde(
     return x
 
 
-def _dopri5(v: Velocity, x: Tensor, ts: list[float], *, tolerance: float, track: Callable, **_: Any) -> Tensor:
+def _dopri5(v: GuidedVelocity, x: Tensor, ts: list[float], *, tolerance: float, max_nfe: int, **_: Any) -> Tensor:
     try:
         from torchdiffeq import odeint
     except ImportError as error:
         raise ImportError(
             "method='dopri5' needs torchdiffeq: pip install torchdiffeq, or use method='heun', which does not"
         ) from error
-    ends = torch.tensor([ts[0], 0.0], dtype=x.dtype, device=x.device)
-    return odeint(lambda t, state: v.at(state, float(t)), x, ends, method="dopri5", rtol=tolerance, atol=tolerance)[-1]
+    slope = _Watched(v, max_nfe)
+    ends = torch.tensor([1.0, 0.0], dtype=x.dtype, device=x.device)
+    # Left alone it steps past the end and interpolates back (v = -x / 100 is asked for t = -0.26): step_t ends it at 0.
+    options = {"step_t": ends[1:]}
+    try:
+        x = odeint(slope, x, ends, method="dopri5", rtol=tolerance, atol=tolerance, options=options)[-1]
+    except AssertionError as error:
+        why = str(error).split(":")[0].strip()  # past the colon it prints the state
+        if not why.startswith(("underflow in dt", "non-finite values")):  # torchdiffeq's; others are the model's own
+            raise
+        raise slope.stopped(slope.reached, why) from error
+    return x
+
+
+class _Watched:
+    """dx/dt for torchdiffeq, which itself bounds nothing: it stops at values that are not finite and at `max_nfe`."""
+
+    def __init__(self, v: GuidedVelocity, max_nfe: int) -> None:
+        self.v, self.max_nfe, self.reached = v, max_nfe, 1.0
+
+    def __call__(self, t: Tensor, x: Tensor) -> Tensor:
+        if self.v.nfe >= self.max_nfe:
+            raise self.stopped(self.reached, f"max_nfe={self.max_nfe} is spent")
+        time = max(float(t), 0.0)  # only the guess of the first step's size can still lie beyond 0
+        velocity = self.v.at(x, time)
+        if not velocity.isfinite().all():
+            raise self.stopped(time, "the velocity is not finite there")
+        return velocity
+
+    def callback_accept_step(self, t: Tensor, x: Tensor, dt: Tensor) -> None:
+        self.reached = float(t - dt)  # time runs from 1 down; torchdiffeq's dt is positive
+
+    def stopped(self, t: float, why: str) -> SamplingError:
+        return SamplingError(
+            f"dopri5 stopped at t = {t:.4g}, NFE {self.v.nfe}: {why}; a finite model that ends like this is too stiff, "
+            "or rounds too coarsely (16 bits), for the tolerance: give a larger one, or use method='heun'"
+        )
 
 
 METHODS: dict[str, Callable[..., Tensor]] = {"euler": _euler, "heun": _heun, "dopri5": _dopri5, "sde": _sde}
 
 
-def _track(steps: int, progress: bool) -> Callable[[int], Any]:
+def _track(progress: bool) -> Callable[[int], Any]:
     if not progress:
         return range
 
