@@ -16,14 +16,16 @@ colour (0, 1, 1), shift 0, a box of height 0. `draw_augmentation` draws them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._op import EMPTY, Cost, Op, Sample
-from ._twins import twins
+from ._native_call import twins
+from ._op import Op
+from ._record import Sample
+from ._tiles import over_grid
 
 __all__ = ["diff_augment", "diff_augment_ref", "draw_augmentation"]
 
@@ -116,60 +118,27 @@ def draw_augmentation(
     }
 
 
-# ---- launchers: the native library's CPU and CUDA functions take the same arguments ----------------------------------
+# ---- record: the native library's CPU and CUDA functions take the same arguments -------------------------------------
 
 
 def _int32(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.to(torch.int32)
 
 
-def _workspace(x: Tensor) -> Tensor:
+def _workspace(a: Any) -> Tensor:
     """The partial sums of csrc, per image: of every 16 rows (CPU), of every 8192 elements and 2048 pixels (CUDA)."""
-    batch, channels, height, width = x.shape
+    batch, channels, height, width = a.x.shape
     count = 4 * -(-height // 16) + -(-channels * height * width // 8192) + 4 * -(-height * width // 2048)
-    return x.new_empty(batch * count, dtype=torch.float32)
+    return a.x.new_empty(batch * count, dtype=torch.float32)
 
 
-def _forward(run: Callable[..., None], *args: Any) -> tuple[Tensor, ...]:
-    x, colour, shift, box = args
-    y = torch.empty_like(x)
-    run(x, colour, _int32(shift), _int32(box), y, _workspace(x))
-    return (y,)
+def _why_no_cuda(a: Any) -> str | None:
+    if max(a.x.shape[2:]) >= 1 << 27:
+        return f"images of {a.x.shape[2]} x {a.x.shape[3]} have a side of 2^27 or more"
+    return over_grid(batch=a.x.shape[0])
 
 
-def _backward(
-    run: Callable[..., None], dy: Tensor, saved: Sequence[Tensor], args: tuple[Any, ...], needs: Sequence[bool]
-) -> Sequence[Tensor | None]:
-    x, colour, shift, box = args
-    dx = torch.empty_like(x) if needs[0] else None
-    dcolour = torch.empty_like(colour) if needs[1] else None
-    run(dy, x, colour, _int32(shift), _int32(box), dx, dcolour, _workspace(x))
-    return [dx, dcolour, None, None]
-
-
-# ---- record --------------------------------------------------------------------------------------------------------
-
-
-def _check(x: Tensor, colour: Tensor | None, shift: Tensor | None, box: Tensor | None) -> None:
-    if x.ndim != 4:
-        raise ValueError(f"diff_augment: x must be (B, C, H, W), got {tuple(x.shape)}")
-    for name, value, columns in (("colour", colour, 3), ("shift", shift, 2), ("box", box, 4)):
-        if value is not None and tuple(value.shape) != (x.shape[0], columns):
-            raise ValueError(
-                f"diff_augment: {name} must be ({x.shape[0]}, {columns}) for x {tuple(x.shape)}, "
-                f"got {tuple(value.shape)}"
-            )
-
-
-def _unsupported(backend: str, x: Tensor, *rest: Any) -> str | None:
-    return EMPTY if x.numel() == 0 else None
-
-
-def _fake(name: str, *args: Any) -> tuple[Tensor, ...]:
-    return (torch.empty_like(args[0], memory_format=torch.contiguous_format),)
-
-
-def _case(label: str, shape: Sequence[int], parts: str, spread: float = 1.0, real: bool = False) -> Sample:
+def _case(label: str, shape: tuple[int, ...], parts: str, spread: float = 1.0, real: bool = False) -> Sample:
     """parts: the arguments that are given. spread: typical shift and box corner in pixels."""
 
     def make(randn: Callable[..., Tensor]) -> dict[str, Any]:
@@ -188,33 +157,29 @@ def _case(label: str, shape: Sequence[int], parts: str, spread: float = 1.0, rea
     return Sample(label, make, real)
 
 
-def _samples() -> Iterable[Sample]:
-    yield _case("all, odd sizes", (3, 3, 7, 9), "colour shift box", 2.0)
-    yield _case("colour alone, four channels", (2, 4, 5, 6), "colour")
-    yield _case("translation alone, far", (4, 2, 6, 8), "shift", 6.0)
-    yield _case("cutout alone", (3, 3, 5, 5), "box", 2.0)
-    yield _case("nothing", (2, 1, 3, 4), "")
-    yield _case("several row blocks", (2, 3, 37, 34), "colour shift box", 8.0)
-    yield _case("256 px", (8, 3, 256, 256), "colour shift box", 20.0, real=True)
-    yield _case("512 px", (4, 3, 512, 512), "colour shift box", 40.0, real=True)
-    yield _case("256 px, no colour", (8, 3, 256, 256), "shift box", 20.0, real=True)
-
-
-def _cost(x: Tensor, colour: Tensor | None = None, *rest: Any, **named: Any) -> Cost:
-    """Ideal: x read once, although a contrast needs its mean first."""
-    return Cost(5 * x.numel(), 2 * x.numel() * x.element_size(), 1 if colour is None else 2)
-
-
-_diff_augment_cpu, _diff_augment_cuda = twins("diff_augment", _forward, _backward)
 diff_augment = Op(
     "diff_augment",
     ref=diff_augment_ref,
-    cpu=(_diff_augment_cpu,),
-    cuda=(_diff_augment_cuda,),
-    fake=_fake,
-    check=_check,
-    unsupported=_unsupported,
-    samples=_samples,
-    cost=_cost,
-    own_dtypes={"colour": (torch.float32, torch.float64), "shift": _INTEGERS, "box": _INTEGERS},
+    shapes={"x": "B C H W", "colour": "B 3", "shift": "B 2", "box": "B 4"},
+    roles={"colour": (torch.float32, torch.float64), "shift": _INTEGERS, "box": _INTEGERS},
+    **twins(
+        "diff_augment_fwd x colour shift box y workspace",
+        "diff_augment_bwd d_y x colour shift box d_x d_colour workspace",
+        why_no_cuda=_why_no_cuda,
+        shift=lambda a: _int32(a.shift),
+        box=lambda a: _int32(a.box),
+        workspace=_workspace,
+    ),
+    samples=[
+        _case("all, odd sizes", (3, 3, 7, 9), "colour shift box", 2.0),
+        _case("colour alone, four channels", (2, 4, 5, 6), "colour"),
+        _case("translation alone, far", (4, 2, 6, 8), "shift", 6.0),
+        _case("cutout alone", (3, 3, 5, 5), "box", 2.0),
+        _case("nothing", (2, 1, 3, 4), ""),
+        _case("several row blocks", (2, 3, 37, 34), "colour shift box", 8.0),
+        _case("256 px", (8, 3, 256, 256), "colour shift box", 20.0, real=True),
+        _case("512 px", (4, 3, 512, 512), "colour shift box", 40.0, real=True),
+        _case("256 px, no colour", (8, 3, 256, 256), "shift box", 20.0, real=True),
+    ],
+    flops=lambda a: 5 * a.x.numel(),
 )

@@ -20,15 +20,16 @@ arXiv 1912.04958.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._op import EMPTY, Cost, Op, Sample
-from ._twins import twins
+from ._native_call import twins
+from ._op import Op
+from ._record import drawn
 
 __all__ = ["blur_down", "blur_down_ref", "blur_up", "blur_up_ref"]
 
@@ -89,163 +90,92 @@ def _on(dim: int, before: int, after: int) -> tuple[int, ...]:
     return (before, after, 0, 0) if dim == 3 else (0, 0, before, after)
 
 
-# ---- launchers: the native library's CPU and CUDA functions take the same arguments ----------------------------------
+# ---- records: the native library's CPU and CUDA functions take the same arguments ------------------------------------
 
 
-def _small(height: int, width: int, stride: int, pad0: int, pad1: int) -> tuple[int, int]:
+def _small(height: int, width: int, stride: int = 2, pad0: int = 1, pad1: int = 1, **rest: Any) -> tuple[int, int]:
     return (height + pad0 + pad1 - 3) // stride + 1, (width + pad0 + pad1 - 3) // stride + 1
 
 
-def _down_forward(run: Callable[..., None], *args: Any) -> tuple[Tensor, ...]:
-    x, stride, pad0, pad1, mode, gain = args
-    (y,) = _down_fake("", *args)
-    run(x, y, stride, pad0, pad1, int(mode == "reflect"), gain)
-    return (y,)
-
-
-def _down_backward(
-    run: Callable[..., None], dy: Tensor, saved: Sequence[Tensor], args: tuple[Any, ...], needs: Sequence[bool]
-) -> Sequence[Tensor | None]:
-    x, stride, pad0, pad1, mode, gain = args
-    dx = torch.empty_like(x)
-    run(dy, dx, stride, pad0, pad1, int(mode == "reflect"), gain)
-    return [dx, None, None, None, None, None]
-
-
-def _up_forward(run: Callable[..., None], *args: Any) -> tuple[Tensor, ...]:
-    x, _height, _width, stride, pad0, pad1, mode, gain = args
-    (y,) = _up_fake("", *args)
-    run(x, y, stride, pad0, pad1, int(mode == "reflect"), gain)
-    return (y,)
-
-
-def _up_backward(
-    run: Callable[..., None], dy: Tensor, saved: Sequence[Tensor], args: tuple[Any, ...], needs: Sequence[bool]
-) -> Sequence[Tensor | None]:
-    x, _height, _width, stride, pad0, pad1, mode, gain = args
-    dx = torch.empty_like(x)
-    run(dy, dx, stride, pad0, pad1, int(mode == "reflect"), gain)
-    return [dx, None, None, None, None, None, None, None]
-
-
-# ---- records -------------------------------------------------------------------------------------------------------
-
-
-def _check_options(op: str, x: Tensor, height: int, width: int, stride: int, pad0: int, pad1: int, mode: str) -> None:
-    if x.ndim != 4:
-        raise ValueError(f"{op}: x must be (B, C, H, W), got {tuple(x.shape)}")
-    if stride not in (1, 2):
-        raise ValueError(f"{op}: stride must be 1 or 2, got {stride}")
-    if not (0 <= pad0 <= 2 and 0 <= pad1 <= 2):
-        raise ValueError(f"{op}: pad0 and pad1 must be 0, 1 or 2, got {pad0} and {pad1}")
-    if mode not in ("zero", "reflect"):
-        raise ValueError(f"{op}: mode must be 'zero' or 'reflect', got {mode!r}")
-    least = max(3 - pad0 - pad1, 1, 1 + max(pad0, pad1) if mode == "reflect" else 1)
+def _check_options(op: str, a: Any, height: int, width: int) -> None:
+    if a.x.shape[1] == 0:
+        raise ValueError(f"{op}: x must have at least one channel, got {tuple(a.x.shape)}")
+    if a.stride not in (1, 2):
+        raise ValueError(f"{op}: stride must be 1 or 2, got {a.stride}")
+    if not (0 <= a.pad0 <= 2 and 0 <= a.pad1 <= 2):
+        raise ValueError(f"{op}: pad0 and pad1 must be 0, 1 or 2, got {a.pad0} and {a.pad1}")
+    if a.mode not in ("zero", "reflect"):
+        raise ValueError(f"{op}: mode must be 'zero' or 'reflect', got {a.mode!r}")
+    least = max(3 - a.pad0 - a.pad1, 1, 1 + max(a.pad0, a.pad1) if a.mode == "reflect" else 1)
     if height < least or width < least:
         raise ValueError(f"{op}: planes must be at least {least} x {least} for this padding, got {height} x {width}")
 
 
-def _down_check(x: Tensor, stride: int, pad0: int, pad1: int, mode: str, gain: float) -> None:
-    height, width = x.shape[2:] if x.ndim == 4 else (1, 1)
-    _check_options("blur_down", x, height, width, stride, pad0, pad1, mode)
-
-
-def _up_check(x: Tensor, height: int, width: int, stride: int, pad0: int, pad1: int, mode: str, gain: float) -> None:
-    _check_options("blur_up", x, height, width, stride, pad0, pad1, mode)
-    small = _small(height, width, stride, pad0, pad1)
-    if tuple(x.shape[2:]) != small:
+def _up_check(a: Any) -> None:
+    _check_options("blur_up", a, a.height, a.width)
+    rows, columns = _small(a.height, a.width, a.stride, a.pad0, a.pad1)
+    if tuple(a.x.shape[2:]) != (rows, columns):
         raise ValueError(
-            f"blur_up: x must be (B, C, {small[0]}, {small[1]}) to become {height} x {width}, got {tuple(x.shape)}"
+            f"blur_up: x must be (B, C, {rows}, {columns}) to become {a.height} x {a.width}, got {tuple(a.x.shape)}"
         )
 
 
-def _unsupported(backend: str, x: Tensor, *rest: Any) -> str | None:
-    return EMPTY if x.numel() == 0 else None
+def _over_side(height: int, width: int) -> str | None:
+    """Why csrc/cuda does not index such a plane, or None."""
+    return f"a plane of {height} x {width} has a side of 2^27 or more" if max(height, width) >= 1 << 27 else None
 
 
-def _down_fake(name: str, *args: Any) -> tuple[Tensor, ...]:
-    x, stride, pad0, pad1 = args[:4]
-    return (x.new_empty(*x.shape[:2], *_small(x.shape[2], x.shape[3], stride, pad0, pad1)),)
+def _down_flops(a: Any) -> int:
+    """Rows first, at the full width, then columns."""
+    height, width = _small(a.x.shape[2], a.x.shape[3], a.stride, a.pad0, a.pad1)
+    return a.x.shape[0] * a.x.shape[1] * height * (5 * a.x.shape[3] + 4 * width)
 
 
-def _up_fake(name: str, *args: Any) -> tuple[Tensor, ...]:
-    x, height, width = args[:3]
-    return (x.new_empty(*x.shape[:2], height, width),)
-
-
-def _down_case(label: str, shape: Sequence[int], real: bool = False, **options: Any) -> Sample:
-    return Sample(label, lambda randn: {"x": randn(*shape)} | options, real)
-
-
-def _up_case(label: str, shape: Sequence[int], real: bool = False, **options: Any) -> Sample:
-    """shape: of the result."""
-    small = _small(shape[2], shape[3], options.get("stride", 2), options.get("pad0", 1), options.get("pad1", 1))
-    sizes = {"height": shape[2], "width": shape[3]}
-    return Sample(label, lambda randn: {"x": randn(*shape[:2], *small)} | sizes | options, real)
-
-
-_CASES: tuple[tuple[str, tuple[int, ...], dict[str, Any]], ...] = (
-    ("halve, odd sizes", (2, 3, 7, 9), {}),
-    ("blur, same size, reflect", (2, 2, 5, 37), {"stride": 1, "mode": "reflect"}),
-    ("before a strided convolution", (1, 3, 6, 8), {"stride": 1, "pad0": 2, "pad1": 1, "gain": 0.5}),
-    ("halve, reflect, wide padding", (1, 2, 4, 6), {"pad0": 2, "pad1": 2, "mode": "reflect"}),
-    ("no padding", (1, 1, 3, 70), {"pad0": 0, "pad1": 0}),
-    ("one element, zero", (2, 1, 1, 1), {"stride": 1}),
-)
-_REAL: tuple[tuple[str, tuple[int, ...], dict[str, Any]], ...] = (
-    ("halve for the skip, 128 x 128", (8, 128, 128, 128), {}),
-    ("blur at 128 x 128", (8, 128, 128, 128), {"stride": 1, "mode": "reflect"}),
-    ("halve for the skip, 256 x 256", (4, 64, 256, 256), {}),
+_CASES: tuple[tuple[str, bool, tuple[int, ...], dict[str, Any]], ...] = (
+    ("halve, odd sizes", False, (2, 3, 7, 9), {}),
+    ("blur, same size, reflect", False, (2, 2, 5, 37), {"stride": 1, "mode": "reflect"}),
+    ("before a strided convolution", False, (1, 3, 6, 8), {"stride": 1, "pad0": 2, "pad1": 1, "gain": 0.5}),
+    ("halve, reflect, wide padding", False, (1, 2, 4, 6), {"pad0": 2, "pad1": 2, "mode": "reflect"}),
+    ("no padding", False, (1, 1, 3, 70), {"pad0": 0, "pad1": 0}),
+    ("one element, zero", False, (2, 1, 1, 1), {"stride": 1}),
+    ("halve for the skip, 128 x 128", True, (8, 128, 128, 128), {}),
+    ("blur at 128 x 128", True, (8, 128, 128, 128), {"stride": 1, "mode": "reflect"}),
+    ("halve for the skip, 256 x 256", True, (4, 64, 256, 256), {}),
 )
 
-
-def _down_samples() -> Iterable[Sample]:
-    for label, shape, options in _CASES:
-        yield _down_case(label, shape, **options)
-    for label, shape, options in _REAL:
-        yield _down_case(label, shape, True, **options)
-
-
-def _up_samples() -> Iterable[Sample]:
-    for label, shape, options in _CASES:
-        yield _up_case(label, shape, **options)
-    for label, shape, options in _REAL:
-        yield _up_case(label, shape, True, **options)
-
-
-def _down_cost(x: Tensor, stride: int = 2, pad0: int = 1, pad1: int = 1, mode: str = "zero", gain: float = 1.0) -> Cost:
-    height, width = _small(x.shape[2], x.shape[3], stride, pad0, pad1)
-    out = x.shape[0] * x.shape[1] * height * width
-    return Cost(5 * x.shape[0] * x.shape[1] * height * x.shape[3] + 4 * out, (x.numel() + out) * x.element_size(), 1)
-
-
-def _up_cost(x: Tensor, height: int, width: int, *rest: Any, **options: Any) -> Cost:
-    out = x.shape[0] * x.shape[1] * height * width
-    return Cost(3 * x.numel() + 5 * out, (x.numel() + out) * x.element_size(), 1)
-
-
-_blur_down_cpu, _blur_down_cuda = twins("blur_down", _down_forward, _down_backward, ("blur_down", "blur_up"))
 blur_down = Op(
     "blur_down",
     ref=blur_down_ref,
-    cpu=(_blur_down_cpu,),
-    cuda=(_blur_down_cuda,),
-    fake=_down_fake,
-    check=_down_check,
-    unsupported=_unsupported,
-    samples=_down_samples,
-    cost=_down_cost,
+    out=lambda a, backend: (
+        a.x.new_empty(*a.x.shape[:2], *_small(a.x.shape[2], a.x.shape[3], a.stride, a.pad0, a.pad1)),
+    ),
+    shapes={"x": "B C H W"},
+    check=lambda a: _check_options("blur_down", a, *a.x.shape[2:]),
+    **twins(
+        "blur_down x y stride pad0 pad1 reflect gain",
+        "blur_up d_y d_x stride pad0 pad1 reflect gain",
+        why_no_cuda=lambda a: _over_side(*a.x.shape[2:]),
+        reflect=lambda a: a.mode == "reflect",
+    ),
+    samples=[drawn(label, real, x=shape, **options) for label, real, shape, options in _CASES],
+    flops=_down_flops,
 )
 
-_blur_up_cpu, _blur_up_cuda = twins("blur_up", _up_forward, _up_backward, ("blur_up", "blur_down"))
 blur_up = Op(
     "blur_up",
     ref=blur_up_ref,
-    cpu=(_blur_up_cpu,),
-    cuda=(_blur_up_cuda,),
-    fake=_up_fake,
+    out=lambda a, backend: (a.x.new_empty(*a.x.shape[:2], a.height, a.width),),
+    shapes={"x": "B C H W"},
     check=_up_check,
-    unsupported=_unsupported,
-    samples=_up_samples,
-    cost=_up_cost,
+    **twins(
+        "blur_up x y stride pad0 pad1 reflect gain",
+        "blur_down d_y d_x stride pad0 pad1 reflect gain",
+        why_no_cuda=lambda a: _over_side(a.height, a.width),
+        reflect=lambda a: a.mode == "reflect",
+    ),
+    samples=[
+        drawn(label, real, x=(*shape[:2], *_small(*shape[2:], **options)), height=shape[2], width=shape[3], **options)
+        for label, real, shape, options in _CASES
+    ],
+    flops=lambda a: 3 * a.x.numel() + 5 * math.prod(a.x.shape[:2]) * a.height * a.width,
 )

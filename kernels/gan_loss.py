@@ -19,15 +19,16 @@ et al. 2021, arXiv 2104.03310 (LeCAM).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._op import EMPTY, Cost, Op, Sample
-from ._twins import twins
+from ._native_call import twins
+from ._op import Op
+from ._record import Sample
 
 __all__ = ["discriminator_loss", "discriminator_loss_ref", "generator_loss", "generator_loss_ref"]
 
@@ -49,10 +50,11 @@ def discriminator_loss_ref(
     mean of fake. All are differentiable, in ema too. Raises ValueError when ema has another shape or kind is unknown.
     """
     r, f = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (real, fake))
+    # / 2: torch's forward mode makes an fp64 tangent of 0.5 * a tensor without dimensions
     if kind == "hinge":
-        adversarial = 0.5 * (F.relu(1 - r).mean() + F.relu(1 + f).mean())
+        adversarial = (F.relu(1 - r).mean() + F.relu(1 + f).mean()) / 2
     else:
-        adversarial = 0.5 * (F.softplus(-r).mean() + F.softplus(f).mean())
+        adversarial = (F.softplus(-r).mean() + F.softplus(f).mean()) / 2
     if ema is None:
         lecam = r.flatten()[:0].sum()
     else:
@@ -70,140 +72,78 @@ def generator_loss_ref(fake: Tensor, kind: str = "non_saturating") -> Tensor:
     return -f.mean() if kind == "hinge" else F.softplus(-f).mean()
 
 
-# ---- launchers: the native library's CPU and CUDA functions take the same arguments ----------------------------------
+# ---- records: the native library's CPU and CUDA functions take the same arguments ------------------------------------
 
 
-def _forward(run: Callable[..., None], *args: Any) -> tuple[Tensor, ...]:
-    real, fake, ema, kind = args
-    out = _fake("", *args)
-    run(real, fake, ema, *out, _KINDS[kind])
-    return out
-
-
-def _backward(
-    run: Callable[..., None],
-    grads: Sequence[Tensor],
-    saved: Sequence[Tensor],
-    args: tuple[Any, ...],
-    needs: Sequence[bool],
-) -> Sequence[Tensor | None]:
-    found = [torch.empty_like(t) if n else None for t, n in zip(args[:3], needs)]
-    run(*grads, *args[:3], saved[0], *found, _KINDS[args[3]])
-    return [*found, None]
-
-
-def _generator_forward(run: Callable[..., None], *args: Any) -> tuple[Tensor, ...]:
-    fake, kind = args
-    (loss,) = _generator_fake("", *args)
-    run(fake, loss, _GENERATOR_KINDS[kind])
-    return (loss,)
-
-
-def _generator_backward(
-    run: Callable[..., None], dloss: Tensor, saved: Sequence[Tensor], args: tuple[Any, ...], needs: Sequence[bool]
-) -> Sequence[Tensor | None]:
-    fake, kind = args
-    dfake = torch.empty_like(fake)
-    run(dloss, fake, dfake, _GENERATOR_KINDS[kind])
-    return [dfake, None]
-
-
-# ---- records -------------------------------------------------------------------------------------------------------
-
-
-def _check_kind(op: str, kind: str, known: dict[str, int]) -> None:
+def _check_kind(op: str, kind: str, known: Collection[str]) -> None:
     if kind not in known:
         raise ValueError(f"{op}: kind must be one of {', '.join(known)}, got {kind!r}")
 
 
-def _check(real: Tensor, fake: Tensor, ema: Tensor | None, kind: str) -> None:
-    _check_kind("discriminator_loss", kind, _KINDS)
-    if ema is not None and tuple(ema.shape) != (2,):
-        raise ValueError(f"discriminator_loss: ema must be (2,), mean of real and of fake, got {tuple(ema.shape)}")
+def _scalars(a: Any, count: int) -> tuple[Tensor, ...]:
+    return tuple(a.fake.new_empty((), dtype=torch.float32) for _ in range(count))
 
 
-def _generator_check(fake: Tensor, kind: str) -> None:
-    _check_kind("generator_loss", kind, _GENERATOR_KINDS)
-
-
-def _unsupported(backend: str, *args: Any) -> str | None:
-    return EMPTY if any(isinstance(t, Tensor) and t.numel() == 0 for t in args) else None
-
-
-def _fake(name: str, *args: Any) -> tuple[Tensor, ...]:
-    scalars = tuple(args[0].new_empty((), dtype=torch.float32) for _ in range(4))
-    return (*scalars, args[0].new_empty(2, dtype=torch.float32))
-
-
-def _generator_fake(name: str, *args: Any) -> tuple[Tensor, ...]:
-    return (args[0].new_empty((), dtype=torch.float32),)
-
-
-def _case(label: str, real: Sequence[int], fake: Sequence[int], kind: str, ema: bool, at_real: bool = False) -> Sample:
+def _case(
+    label: str, real: tuple[int, ...], fake: tuple[int, ...], kind: str, ema: bool, models: bool = False
+) -> Sample:
     def make(randn: Callable[..., Tensor]) -> dict[str, Any]:
         args: dict[str, Any] = {"real": 1 + 2 * randn(*real), "fake": 2 * randn(*fake), "kind": kind}
-        if ema:
-            args["ema"] = randn(2, dtype=torch.float32) * 0.3
-        return args
+        return args | ({"ema": randn(2, dtype=torch.float32) * 0.3} if ema else {})
 
-    return Sample(label, make, at_real)
+    return Sample(label, make, models)
 
 
-def _samples() -> Iterable[Sample]:
-    yield _case("hinge, LeCAM", (3, 1, 5, 7), (3, 1, 5, 7), "hinge", True)
-    yield _case("vanilla", (2, 1, 4, 4), (2, 1, 4, 4), "vanilla", False)
-    yield _case("vanilla, LeCAM, other counts", (2, 9), (5, 37), "vanilla", True)
-    yield _case("one logit", (1,), (1,), "hinge", True)
-    yield _case("several blocks", (2, 4099), (2, 5000), "hinge", True)
-    for kind in _KINDS:
-        yield _case(f"PatchGAN 256 px, {kind}, LeCAM", (8, 1, 30, 30), (8, 1, 30, 30), kind, True, True)
+def _generator_case(label: str, shape: tuple[int, ...], kind: str, models: bool = False) -> Sample:
+    return Sample(label, lambda randn: {"fake": 3 * randn(*shape), "kind": kind}, models)
 
 
-def _generator_case(label: str, shape: Sequence[int], kind: str, real: bool = False) -> Sample:
-    return Sample(label, lambda randn: {"fake": 3 * randn(*shape), "kind": kind}, real)
-
-
-def _generator_samples() -> Iterable[Sample]:
-    yield _generator_case("non-saturating", (3, 1, 5, 7), "non_saturating")
-    yield _generator_case("hinge", (2, 1, 4, 4), "hinge")
-    yield _generator_case("several blocks", (2, 4099), "non_saturating")
-    yield _generator_case("PatchGAN 256 px", (8, 1, 30, 30), "non_saturating", True)
-
-
-def _cost(real: Tensor, fake: Tensor, ema: Tensor | None = None, kind: str = "hinge") -> Cost:
-    count = real.numel() + fake.numel()
-    return Cost((6 if ema is None else 11) * count, count * real.element_size() + 4 * 6, 1)
-
-
-def _generator_cost(fake: Tensor, kind: str = "non_saturating") -> Cost:
-    return Cost(4 * fake.numel(), fake.numel() * fake.element_size() + 4, 1)
-
-
-_discriminator_loss_cpu, _discriminator_loss_cuda = twins("discriminator_loss", _forward, _backward)
 discriminator_loss = Op(
     "discriminator_loss",
     ref=discriminator_loss_ref,
-    cpu=(_discriminator_loss_cpu,),
-    cuda=(_discriminator_loss_cuda,),
-    fake=_fake,
-    outputs=4,
-    saved=1,
-    check=_check,
-    unsupported=_unsupported,
-    samples=_samples,
-    cost=_cost,
-    fp32=frozenset({"ema"}),
+    outputs=("adversarial", "lecam", "mean_real", "mean_fake"),
+    saved=("slopes",),
+    out=lambda a, backend: (*_scalars(a, 4), a.real.new_empty(2, dtype=torch.float32)),
+    shapes={"ema": "2"},
+    check=lambda a: _check_kind("discriminator_loss", a.kind, _KINDS),
+    roles={"ema": "fp32"},
+    **twins(
+        "discriminator_loss_fwd real fake ema adversarial lecam mean_real mean_fake slopes number",
+        "discriminator_loss_bwd d_adversarial d_lecam d_mean_real d_mean_fake real fake ema slopes d_real d_fake d_ema "
+        "number",
+        number=lambda a: _KINDS[a.kind],
+    ),
+    samples=[
+        _case("hinge, LeCAM", (3, 1, 5, 7), (3, 1, 5, 7), "hinge", True),
+        _case("vanilla", (2, 1, 4, 4), (2, 1, 4, 4), "vanilla", False),
+        _case("vanilla, LeCAM, other counts", (2, 9), (5, 37), "vanilla", True),
+        _case("one logit", (1,), (1,), "hinge", True),
+        _case("several blocks", (2, 4099), (2, 5000), "hinge", True),
+        *(
+            _case(f"PatchGAN 256 px, {kind}, LeCAM", (8, 1, 30, 30), (8, 1, 30, 30), kind, True, True)
+            for kind in _KINDS
+        ),
+    ],
+    flops=lambda a: (6 if a.ema is None else 11) * (a.real.numel() + a.fake.numel()),
 )
 
-_generator_loss_cpu, _generator_loss_cuda = twins("generator_loss", _generator_forward, _generator_backward)
 generator_loss = Op(
     "generator_loss",
     ref=generator_loss_ref,
-    cpu=(_generator_loss_cpu,),
-    cuda=(_generator_loss_cuda,),
-    fake=_generator_fake,
-    check=_generator_check,
-    unsupported=_unsupported,
-    samples=_generator_samples,
-    cost=_generator_cost,
+    outputs=("loss",),
+    out=lambda a, backend: _scalars(a, 1),
+    shapes={},
+    check=lambda a: _check_kind("generator_loss", a.kind, _GENERATOR_KINDS),
+    **twins(
+        "generator_loss_fwd fake loss number",
+        "generator_loss_bwd d_loss fake d_fake number",
+        number=lambda a: _GENERATOR_KINDS[a.kind],
+    ),
+    samples=[
+        _generator_case("non-saturating", (3, 1, 5, 7), "non_saturating"),
+        _generator_case("hinge", (2, 1, 4, 4), "hinge"),
+        _generator_case("several blocks", (2, 4099), "non_saturating"),
+        _generator_case("PatchGAN 256 px", (8, 1, 30, 30), "non_saturating", True),
+    ],
+    flops=lambda a: 4 * a.fake.numel(),
 )

@@ -22,16 +22,17 @@ bytes has lost that: rounding leaves +-1e-8 where gx should vanish, on either si
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _native
-from ._op import EMPTY, Backend, Cost, Op, Sample
-from ._tiles import next_power_of_2
+from ._native_call import native
+from ._op import Op
+from ._record import Backend, Sample
+from ._tiles import next_power_of_2, over_grid
 from ._triton import tl, triton
 
 __all__ = ["hog", "hog_ref"]
@@ -180,65 +181,51 @@ def _hog_fwd_kernel(
     tl.store(out + 8 * SIDE * SIDE, tl.div_rn(h8, norm), mask=mask)
 
 
-# ---- launchers -----------------------------------------------------------------------------------------------------
+# ---- record --------------------------------------------------------------------------------------------------------
 
 
-def _features(image: Tensor, patch: int, cell: int) -> Tensor:
-    batch, _, height, width = image.shape
-    side = patch // cell
-    dtype = torch.float64 if image.dtype == torch.float64 else torch.float32
-    return image.new_empty(batch, (height // patch) * (width // patch), 3 * _BINS * side * side, dtype=dtype)
+def _out(a: Any, backend: str) -> tuple[Tensor, ...]:
+    batch, _, height, width = a.image.shape
+    tokens = (height // a.patch) * (width // a.patch)
+    return (a.image.new_empty(batch, tokens, 3 * _BINS * (a.patch // a.cell) ** 2, dtype=torch.float32),)
 
 
-def _triton_forward(image: Tensor, patch: int, cell: int) -> tuple[Tensor, ...]:
-    batch, _, height, width = image.shape
-    out = _features(image, patch, cell)
+def _launch(a: Any, out: Any) -> None:
+    batch, _, height, width = a.image.shape
+    patch, cell = a.patch, a.cell
     cols = max(cell, min(_PIXELS, next_power_of_2(width)))
     rows = max(1, min(_PIXELS // cols, next_power_of_2(height // cell)))
     blocks = -(-width // cols) * -(-(height // cell) // rows)
     scale = 1 / sum(math.exp(-2 * ((i - (patch - 1) / 2) / patch) ** 2) for i in range(patch))
     _hog_fwd_kernel[(blocks, 3 * batch)](
-        image, out, height, width, scale, _EPS,
+        a.image, out.features, height, width, scale, _EPS,
         PATCH=patch, CELL=cell, ROWS=rows, COLS=cols, num_warps=max(1, rows * cols // 64),
     )  # fmt: skip
-    return (out,)
 
 
-def _native_forward(image: Tensor, patch: int, cell: int) -> tuple[Tensor, ...]:
-    out = _features(image, patch, cell)
-    _native.lib().hog(image, out, patch, _EPS)
-    return (out,)
-
-
-# ---- record --------------------------------------------------------------------------------------------------------
-
-
-def _check(image: Tensor, patch: int, cell: int) -> None:
-    if image.ndim != 4 or image.shape[1] != 3:
-        raise ValueError(f"hog: image must be (B, 3, H, W), got {tuple(image.shape)}")
-    if cell < 2 or patch % cell != 0:
-        raise ValueError(f"hog: cell must be at least 2 and divide the patch of {patch} pixels, got {cell}")
-    if image.shape[2] % patch != 0 or image.shape[3] % patch != 0 or patch < 1:
-        raise ValueError(
-            f"hog: image must be divisible by the patch of {patch} pixels, got {image.shape[2]} x {image.shape[3]}; "
-            "crop or resize it"
-        )
-
-
-def _unsupported(backend: str, image: Tensor, patch: int, cell: int) -> str | None:
-    if image.numel() == 0:
-        return EMPTY
-    if backend == "native" and (cell != _NATIVE_CELL or patch % (2 * _NATIVE_CELL) != 0):
-        return f"patch {patch}, cell {cell}: the native kernel is written for cell 8 and patches that 16 divides"
-    if backend == "triton" and (cell & (cell - 1) != 0 or cell > _PIXELS):
-        return f"cell {cell}: the Triton kernel needs a power of two, at most {_PIXELS}"
-    if backend == "triton" and 3 * image.shape[0] > 65535:
-        return f"3 planes each of a batch of {image.shape[0]} exceed a CUDA grid's second dimension"
+def _why_not_native(a: Any) -> str | None:
+    if a.cell != _NATIVE_CELL or a.patch % (2 * _NATIVE_CELL) != 0:
+        return f"patch {a.patch}, cell {a.cell}: the native kernel is written for cell 8 and patches that 16 divides"
     return None
 
 
-def _fake(name: str, image: Tensor, patch: int, cell: int) -> tuple[Tensor, ...]:
-    return (_features(image, patch, cell),)
+def _why_not_triton(a: Any) -> str | None:
+    if a.cell & (a.cell - 1) != 0 or a.cell > _PIXELS:
+        return f"cell {a.cell}: the Triton kernel needs a power of two, at most {_PIXELS}"
+    return over_grid(**{"plane count": 3 * a.image.shape[0]})
+
+
+def _check(a: Any) -> None:
+    if a.patch < 1:
+        raise ValueError(f"hog: patch must be positive, got {a.patch}")
+    if a.cell < 2 or a.patch % a.cell != 0:
+        raise ValueError(f"hog: cell must be at least 2 and divide the patch of {a.patch} pixels, got {a.cell}")
+    height, width = a.image.shape[2:]
+    if height < 1 or width < 1 or height % a.patch != 0 or width % a.patch != 0:
+        raise ValueError(
+            f"hog: image must have sides that are positive and divisible by the patch of {a.patch} pixels, "
+            f"got {height} x {width}; crop or resize it"
+        )
 
 
 def _case(label: str, size: tuple[int, int, int], kind: str = "float", real: bool = False, **rest: int) -> Sample:
@@ -252,30 +239,23 @@ def _case(label: str, size: tuple[int, int, int], kind: str = "float", real: boo
     return Sample(label, make, real)
 
 
-def _samples() -> Iterable[Sample]:
-    yield _case("two patches", (1, 16, 32))
-    yield _case("bytes, rows and columns beyond a block", (1, 48, 48), "bytes")
-    yield _case("patch 32", (1, 32, 32), patch=32)
-    for batch, size in ((8, 256), (8, 512)):
-        for kind in ("float", "bytes"):
-            yield _case(f"{size} px, {kind}", (batch, size, size), kind, real=True)
-
-
-def _cost(image: Tensor, patch: int = 16, cell: int = 8) -> Cost:
-    # per pixel: 10 for the gradients, 4 + 1 for the magnitude and the window, 4 + 8 for the edges, 9 for the bins
-    return Cost(36 * image.numel(), image.numel() * image.element_size() + image.numel() * 4 * _BINS // cell**2, 1)
-
-
 hog = Op(
     "hog",
     ref=hog_ref,
-    cpu=(Backend("native", _native_forward, None, library="native"),),
-    cuda=(Backend("triton", _triton_forward, None, library="triton"),),
-    fake=_fake,
+    outputs=("features",),
+    out=_out,
+    shapes={"image": "B 3 H W"},
     check=_check,
-    unsupported=_unsupported,
-    samples=_samples,
-    cost=_cost,
+    roles={"image": (torch.uint8, torch.float32, torch.bfloat16, torch.float16, torch.float64)},
     differentiable=False,
-    own_dtypes={"image": (torch.uint8, torch.float32, torch.bfloat16, torch.float16, torch.float64)},
+    cpu=[native("hog image features patch eps", why_not=_why_not_native, eps=lambda a: _EPS)],
+    cuda=[Backend("triton", _launch, why_not=_why_not_triton)],
+    samples=[
+        _case("two patches", (1, 16, 32)),
+        _case("bytes, rows and columns beyond a block", (1, 48, 48), "bytes"),
+        _case("patch 32", (1, 32, 32), patch=32),
+        *(_case(f"{px} px, {kind}", (8, px, px), kind, real=True) for px in (256, 512) for kind in ("float", "bytes")),
+    ],
+    # per pixel: 10 for the gradients, 4 + 1 for the magnitude and the window, 4 + 8 for the edges, 9 for the bins
+    flops=lambda a: 36 * a.image.numel(),
 )

@@ -20,16 +20,17 @@ a loss. Features in the memory format channels_last are passed as (B, H, W, C), 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _native
-from ._op import EMPTY, Backend, Cost, Op, Sample
-from ._tiles import next_power_of_2
-from ._triton import tl, triton
+from ._native_call import native
+from ._op import Op
+from ._record import Backend, Sample
+from ._tiles import next_power_of_2, over_grid
+from ._triton import add_up, tl, triton
 
 __all__ = ["lpips_tail", "lpips_tail_ref"]
 
@@ -150,92 +151,62 @@ def _lpips_bwd_kernel(
 # ---- launchers -----------------------------------------------------------------------------------------------------
 
 
-def _sizes(f: Tensor, channels_last: bool) -> tuple[int, int, int]:
+def _sizes(a: Any) -> tuple[int, int, int]:
     """(B, C, pixels)."""
-    if channels_last:
-        return f.shape[0], f.shape[3], f.shape[1] * f.shape[2]
-    return f.shape[0], f.shape[1], f.shape[2] * f.shape[3]
+    batch, *sizes = a.f0.shape
+    channels = sizes.pop(2 if a.channels_last else 0)
+    return batch, channels, sizes[0] * sizes[1]
 
 
-def _triton_forward(f0: Tensor, f1: Tensor, weight: Tensor, channels_last: bool, eps: float) -> tuple[Tensor, ...]:
-    batch, channels, pixels = _sizes(f0, channels_last)
+def _forward(a: Any, out: Any) -> None:
+    batch, channels, pixels = _sizes(a)
     pad = next_power_of_2(channels)
     block = max(16, min(_FORWARD_TILE // pad, next_power_of_2(pixels)))
     blocks = -(-pixels // block)
-    sums = f0.new_empty(batch, blocks, dtype=torch.float32)
-    stats = f0.new_empty(batch, 4, pixels, dtype=torch.float32)
+    sums = a.f0.new_empty(batch, blocks, dtype=torch.float32)
     _lpips_fwd_kernel[(blocks, batch)](
-        f0, f1, weight, sums, stats, pixels, eps,
-        C=channels, PAD=pad, BLOCK_P=block, CHANNELS_LAST=channels_last,
+        a.f0, a.f1, a.weight, sums, out.stats, pixels, a.eps,
+        C=channels, PAD=pad, BLOCK_P=block, CHANNELS_LAST=a.channels_last,
         num_warps=min(16, max(1, pad * block // 512)),
     )  # fmt: skip
-    return sums.sum(1) / pixels, stats
+    torch.sum(sums, 1, out=out.distance).div_(pixels)
 
 
-def _triton_backward(
-    dout: Tensor, saved: Sequence[Tensor], args: tuple[Any, ...], needs: Sequence[bool]
-) -> Sequence[Tensor | None]:
-    f0, f1, weight, channels_last, _eps = args
-    batch, channels, pixels = _sizes(f0, channels_last)
+def _backward(a: Any, out: Any, g: Any, d: Any) -> None:
+    batch, channels, pixels = _sizes(a)
     # long runs along the dimension that lies dense in memory
-    block_c = min(128, next_power_of_2(channels)) if channels_last else min(8, next_power_of_2(channels))
+    block_c = min(128 if a.channels_last else 8, next_power_of_2(channels))
     block_p = min(_BACKWARD_TILE // block_c, max(16, next_power_of_2(pixels)))
     blocks = -(-pixels // block_p)
-    d0 = torch.empty_like(f0) if needs[0] else None
-    d1 = torch.empty_like(f1) if needs[1] else None
-    dweight = weight.new_empty(batch, blocks, channels) if needs[2] else None
+    sums = None if d.weight is None else a.weight.new_empty(batch, blocks, channels)
     _lpips_bwd_kernel[(blocks, -(-channels // block_c), batch)](
-        f0, f1, dout, weight, saved[0], d0, d1, dweight, pixels, 2 / pixels,
-        C=channels, BLOCK_C=block_c, BLOCK_P=block_p, CHANNELS_LAST=channels_last,
+        a.f0, a.f1, g.distance, a.weight, out.stats, d.f0, d.f1, sums, pixels, 2 / pixels,
+        C=channels, BLOCK_C=block_c, BLOCK_P=block_p, CHANNELS_LAST=a.channels_last,
         num_warps=max(1, block_c * block_p // 256),
     )  # fmt: skip
-    return [d0, d1, None if dweight is None else dweight.sum((0, 1)), None, None]
-
-
-def _native_forward(f0: Tensor, f1: Tensor, weight: Tensor, channels_last: bool, eps: float) -> tuple[Tensor, ...]:
-    batch, _, pixels = _sizes(f0, channels_last)
-    out = f0.new_empty(batch, dtype=torch.float32)
-    stats = f0.new_empty(batch, 4, pixels, dtype=torch.float32)
-    _native.lib().lpips_fwd(f0, f1, weight, out, stats, int(channels_last), eps)
-    return out, stats
-
-
-def _native_backward(
-    dout: Tensor, saved: Sequence[Tensor], args: tuple[Any, ...], needs: Sequence[bool]
-) -> Sequence[Tensor | None]:
-    f0, f1, weight, channels_last, _eps = args
-    grads = [torch.empty_like(t) if n else None for t, n in zip((f0, f1, weight), needs)]
-    _native.lib().lpips_bwd(dout, f0, f1, weight, saved[0], *grads, int(channels_last))
-    return [*grads, None, None]
+    add_up(sums, (0, 1), d.weight)
 
 
 # ---- record --------------------------------------------------------------------------------------------------------
 
 
-def _check(f0: Tensor, f1: Tensor, weight: Tensor, channels_last: bool, eps: float) -> None:
-    layout = "(B, H, W, C)" if channels_last else "(B, C, H, W)"
-    if f0.ndim != 4 or f0.shape != f1.shape:
-        raise ValueError(f"lpips_tail: f0 and f1 must both be {layout}, got {tuple(f0.shape)} and {tuple(f1.shape)}")
-    channels = f0.shape[3 if channels_last else 1]
-    if tuple(weight.shape) != (channels,):
+def _out(a: Any, backend: str) -> tuple[Tensor, ...]:
+    batch, _, pixels = _sizes(a)
+    return a.f0.new_empty(batch, dtype=torch.float32), a.f0.new_empty(batch, 4, pixels, dtype=torch.float32)
+
+
+def _check(a: Any) -> None:
+    channels, layout = _sizes(a)[1], "(B, H, W, C)" if a.channels_last else "(B, C, H, W)"
+    if a.weight.shape[0] != channels:
         raise ValueError(
-            f"lpips_tail: weight must be ({channels},) for f0 {layout} {tuple(f0.shape)}, got {tuple(weight.shape)}"
+            f"lpips_tail: weight must be ({channels},) for f0 {layout} {tuple(a.f0.shape)}, got {tuple(a.weight.shape)}"
         )
 
 
-def _unsupported(backend: str, f0: Tensor, f1: Tensor, weight: Tensor, channels_last: bool, eps: float) -> str | None:
-    if f0.numel() == 0:
-        return EMPTY
-    if backend == "triton" and weight.shape[0] > _MAX_CHANNELS:
-        return f"{weight.shape[0]} channels: a program holds all of a pixel's, at most {_MAX_CHANNELS}"
-    if backend == "triton" and f0.shape[0] > 65535:
-        return f"a batch of {f0.shape[0]} exceeds a CUDA grid's second dimension"
-    return None
-
-
-def _fake(name: str, f0: Tensor, f1: Tensor, weight: Tensor, channels_last: bool, eps: float) -> tuple[Tensor, ...]:
-    batch, _, pixels = _sizes(f0, channels_last)
-    return f0.new_empty(batch, dtype=torch.float32), f0.new_empty(batch, 4, pixels, dtype=torch.float32)
+def _why_not_triton(a: Any) -> str | None:
+    if a.weight.shape[0] > _MAX_CHANNELS:
+        return f"{a.weight.shape[0]} channels: a program holds all of a pixel's, at most {_MAX_CHANNELS}"
+    return over_grid(batch=a.f0.shape[0])
 
 
 def _case(label: str, shape: tuple[int, int, int, int], channels_last: bool = False, real: bool = False) -> Sample:
@@ -249,35 +220,33 @@ def _case(label: str, shape: tuple[int, int, int, int], channels_last: bool = Fa
     return Sample(label, make, real)
 
 
-def _samples() -> Iterable[Sample]:
-    yield _case("odd sizes", (2, 5, 3, 7))
-    yield _case("channels last", (2, 3, 5, 6), True)
-    yield _case("blocks of pixels, one channel", (1, 1, 9, 131))
-    yield _case("one pixel", (3, 20, 1, 1))
-    yield _case("blocks of channels, last", (1, 2, 3, 131), True)
-    for channels, size in ((64, 256), (128, 128), (256, 64), (512, 32), (512, 16)):
-        yield _case(f"VGG {channels} x {size} x {size}", (2, channels, size, size), real=True)
-    yield _case("VGG 64 x 256 x 256, channels last", (2, 256, 256, 64), True, real=True)
-    yield _case("VGG 512 x 32 x 32, channels last", (2, 32, 32, 512), True, real=True)
-
-
-def _cost(f0: Tensor, f1: Tensor, weight: Tensor, channels_last: bool = False, eps: float = 1e-10) -> Cost:
-    batch, channels, pixels = _sizes(f0, channels_last)
-    # per element: 2 norms of 2, 3 for the difference, 1 for w d, 2 each for the distance and the two projections
-    maps = f0.numel() * f0.element_size() + f1.numel() * f1.element_size()
-    return Cost(14 * f0.numel(), maps + 4 * (4 * batch * pixels + batch + channels), 2)
-
-
 lpips_tail = Op(
     "lpips_tail",
     ref=lpips_tail_ref,
-    cpu=(Backend("native", _native_forward, _native_backward, library="native"),),
-    cuda=(Backend("triton", _triton_forward, _triton_backward, library="triton"),),
-    fake=_fake,
-    saved=1,
+    outputs=("distance",),
+    saved=("stats",),
+    out=_out,
+    shapes={"f0": "B D1 D2 D3", "f1": "B D1 D2 D3", "weight": "C"},  # channels first or last
     check=_check,
-    unsupported=_unsupported,
-    samples=_samples,
-    cost=_cost,
-    fp32=frozenset({"weight"}),
-)
+    roles={"weight": "fp32"},
+    cpu=[
+        native(
+            "lpips_fwd f0 f1 weight distance stats channels_last eps",
+            "lpips_bwd d_distance f0 f1 weight stats d_f0 d_f1 d_weight channels_last",
+        )
+    ],
+    cuda=[Backend("triton", _forward, _backward, _why_not_triton)],
+    samples=[
+        _case("odd sizes", (2, 5, 3, 7)),
+        _case("channels last", (2, 3, 5, 6), True),
+        _case("blocks of pixels, one channel", (1, 1, 9, 131)),
+        _case("one pixel", (3, 20, 1, 1)),
+        _case("blocks of channels, last", (1, 2, 3, 131), True),
+        *(_case(f"VGG {channels} x {size} x {size}", (2, channels, size, size), real=True)
+          for channels, size in ((64, 256), (128, 128), (256, 64), (512, 32), (512, 16))),
+        _case("VGG 64 x 256 x 256, channels last", (2, 256, 256, 64), True, real=True),
+        _case("VGG 512 x 32 x 32, channels last", (2, 32, 32, 512), True, real=True),
+    ],
+    # per element: 2 norms of 2, 3 for the difference, 1 for w d, 2 each for the distance and the two projections
+    flops=lambda a: 14 * a.f0.numel(),
+)  # fmt: skip

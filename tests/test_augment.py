@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from maetok_fast.kernels import _op, backend, diff_augment, draw_augmentation
+from maetok_fast.kernels import _dispatch, backend, diff_augment, draw_augmentation
 
-BACKENDS = [n for n in ("reference", "native", "cuda") if n == "reference" or _op._why_missing(n, "cpu") is None]
+BACKENDS = [n for n in ("reference", "native", "cuda") if n == "reference" or _dispatch.why_missing(n, "cpu") is None]
 close = torch.testing.assert_close
 
 
@@ -94,9 +94,21 @@ def test_each_group_is_drawn_for_the_batch() -> None:
     assert ((used > 70) & (used < 130)).all()
 
 
+def test_what_the_cuda_launcher_refuses_is_known_before_the_launch() -> None:
+    for shape, reason in (
+        ((65535, 1, 1, 1), None),
+        ((65536, 1, 1, 1), "a batch of 65536 exceeds a CUDA grid's"),
+        ((1, 1, 1, 2**27), "1 x 134217728 have a side of 2^27 or more"),
+    ):
+        args = diff_augment.arguments(torch.empty(shape, device="meta"))
+        assert diff_augment.unsupported("native", args) is None
+        found = diff_augment.unsupported("cuda", args)
+        assert found is None if reason is None else reason in str(found)
+
+
 def test_errors_in_words() -> None:
     x = torch.zeros(2, 3, 4, 4)
-    with pytest.raises(ValueError, match=r"box must be \(2, 4\)"):
+    with pytest.raises(ValueError, match=r"diff_augment: box must be \(B, 4\) with B = 2, got \(2, 3\)"):
         diff_augment(x, box=torch.zeros(2, 3, dtype=torch.int32))
     with pytest.raises(TypeError, match=r"expects shift in int32 or int64, got torch\.float32"):
         diff_augment(x, shift=torch.zeros(2, 2))

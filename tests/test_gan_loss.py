@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maetok_fast.kernels import _op, backend, discriminator_loss, generator_loss
+from maetok_fast.kernels import _dispatch, backend, discriminator_loss, generator_loss
 
-BACKENDS = [n for n in ("reference", "native", "cuda") if n == "reference" or _op._why_missing(n, "cpu") is None]
+BACKENDS = [n for n in ("reference", "native", "cuda") if n == "reference" or _dispatch.why_missing(n, "cpu") is None]
 close = torch.testing.assert_close
 bce = F.binary_cross_entropy_with_logits
 
@@ -90,5 +90,5 @@ def test_errors_in_words() -> None:
         discriminator_loss(x, x, None, "wgan")
     with pytest.raises(ValueError, match="kind must be one of non_saturating, hinge, got 'vanilla'"):
         generator_loss(x, "vanilla")
-    with pytest.raises(ValueError, match=r"ema must be \(2,\)"):
+    with pytest.raises(ValueError, match=r"discriminator_loss: ema must be \(2,\), got \(3,\)"):
         discriminator_loss(x, x, torch.zeros(3))

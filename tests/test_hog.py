@@ -240,6 +240,12 @@ def test_other_patches_and_cells(patch: int, cell: int) -> None:
                 torch.testing.assert_close(hog(image, patch, cell), hog_ref(image, patch, cell), rtol=0, atol=6e-7)
 
 
+def test_a_batch_beyond_the_grid_is_known_before_the_launch() -> None:
+    for batch, fits in ((21845, True), (21846, False)):
+        args = hog.arguments(torch.empty(batch, 3, 16, 16, dtype=torch.uint8, device="meta"))
+        assert (hog.unsupported("triton", args) is None) == fits
+
+
 def test_it_is_a_target_in_fp32() -> None:
     image = torch.rand(1, 3, 32, 32, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -256,6 +262,17 @@ def test_errors_in_words() -> None:
         hog(torch.zeros(1, 1, 16, 16))
     with pytest.raises(ValueError, match="divisible by the patch of 16 pixels, got 16 x 24; crop or resize it"):
         hog(torch.zeros(1, 3, 16, 24))
+    for size in ((0, 16), (16, 0), (0, 0)):
+        with pytest.raises(
+            ValueError, match=f"hog: image must have sides that are positive .* got {size[0]} x {size[1]}"
+        ):
+            hog(torch.zeros(1, 3, *size))
+    for patch in (0, -1):
+        with pytest.raises(ValueError, match=f"hog: patch must be positive, got {patch}"):
+            hog(torch.zeros(1, 3, 16, 16), patch)
+    for cell in (0, -1, 1):
+        with pytest.raises(ValueError, match=f"cell must be at least 2 and divide the patch of 16 pixels, got {cell}"):
+            hog(torch.zeros(1, 3, 16, 16), cell=cell)
     with pytest.raises(ValueError, match="cell must be at least 2 and divide the patch of 16 pixels, got 6"):
         hog(torch.zeros(1, 3, 16, 16), cell=6)
     with pytest.raises(TypeError, match=r"expects image in uint8 or float32 or .*got torch.int64"):

@@ -178,10 +178,17 @@ def test_the_distance_is_fp32() -> None:
     torch.testing.assert_close(lpips_tail_ref(f0, f1, weight).double(), naive(f0, f1, weight))
 
 
+def test_what_no_grid_or_program_holds_is_known_before_the_launch() -> None:
+    for batch, channels, fits in ((65535, 1024, True), (65536, 1, False), (1, 1025, False)):
+        f = torch.empty(batch, channels, 1, 1, device="meta")
+        args = lpips_tail.arguments(f, f, f[0, :, 0, 0])
+        assert (lpips_tail.unsupported("triton", args) is None) == fits
+
+
 def test_errors_in_words() -> None:
     f0, f1, weight = maps((1, 8, 4, 4))
     with pytest.raises(
-        ValueError, match=r"f0 and f1 must both be \(B, C, H, W\), got \(1, 8, 4, 4\) and \(1, 8, 4, 3\)"
+        ValueError, match=r"lpips_tail: f1 must be .* with B = 1, D1 = 8, D2 = 4, D3 = 4, got \(1, 8, 4, 3\)"
     ):
         lpips_tail(f0, f1[..., :3], weight)
     with pytest.raises(ValueError, match=r"weight must be \(4,\) for f0 \(B, H, W, C\) \(1, 8, 4, 4\), got \(8,\)"):

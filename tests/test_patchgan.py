@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from maetok_fast.kernels import _op, affine_act, backend, blur_down, blur_up, norm_act
+from maetok_fast.kernels import _dispatch, affine_act, backend, blur_down, blur_up, norm_act
 
 BACKENDS = ("reference", "native", "cuda")
 SIZES = st.integers(1, 9)
@@ -24,7 +25,7 @@ fp64 = torch.float64
 @pytest.fixture(params=BACKENDS)
 def run(request: pytest.FixtureRequest) -> Callable[[], contextlib.AbstractContextManager[None]]:
     if request.param != "reference":
-        reason = _op._why_missing(request.param, "cpu")
+        reason = _dispatch.why_missing(request.param, "cpu")
         if reason is not None:
             pytest.skip(f"{request.param}: {reason}")
     return lambda: backend(request.param)
@@ -143,18 +144,43 @@ def test_act_norm_and_leaky_relu(run: Callable[[], contextlib.AbstractContextMan
         close(affine_act(x, bias=loc), F.leaky_relu(x + loc.view(1, -1, 1, 1), 0.2))
 
 
+@pytest.mark.parametrize("options", [{}, {"norm": "group", "groups": 2}, {"norm": "instance"}], ids=str)
+def test_nothing_in_nothing_out(options: dict[str, Any]) -> None:
+    for shape in ((0, 6, 4, 4), (2, 0, 4, 4), (2, 6, 0, 4)):
+        y, mean, var = norm_act(torch.zeros(shape), **options)
+        assert y.shape == shape
+        batch, channels = shape[:2]
+        units = {"group": (batch, 2), "instance": (batch, channels)}.get(options.get("norm", ""), (channels,))
+        assert mean.shape == var.shape == units
+
+
+def test_a_plane_that_the_cuda_kernels_cannot_index_is_known_before_the_launch() -> None:
+    for side, fits in ((2**27 - 1, True), (2**27, False)):
+        x = torch.empty(1, 1, 1, side, device="meta")
+        down = blur_down.unsupported("cuda", blur_down.arguments(x, 1))
+        up = blur_up.unsupported("cuda", blur_up.arguments(x, 1, side, 1))
+        assert [down is None, up is None] == [fits, fits]
+        assert fits or f"1 x {side} has a side of 2^27 or more" in str(down)
+
+
 def test_errors_in_words() -> None:
     x = torch.zeros(2, 6, 4, 4)
     with pytest.raises(ValueError, match=r"norm must be one of batch, group, instance, got 'act'.*affine_act"):
         norm_act(x, norm="act")
     with pytest.raises(ValueError, match="groups must divide the 6 channels, got 4"):
         norm_act(x, norm="group", groups=4)
-    with pytest.raises(ValueError, match=r"weight must be \(6,\)"):
+    with pytest.raises(ValueError, match=r"norm_act: weight must be \(C,\) with C = 6, got \(5,\)"):
         norm_act(x, weight=torch.zeros(5))
-    with pytest.raises(ValueError, match=r"mean must be \(6,\)"):
+    with pytest.raises(ValueError, match=r"affine_act: mean must be \(C,\) with C = 6, got \(5,\)"):
         affine_act(x, mean=torch.zeros(5))
+    with pytest.raises(ValueError, match=r"norm_act: x must be \(B, C, H, W\), got \(6, 4, 4\)"):
+        norm_act(x[0])
+    with pytest.raises(ValueError, match="blur_down: x must have at least one channel"):
+        blur_down(x[:, :0])
     with pytest.raises(ValueError, match="stride must be 1 or 2, got 3"):
         blur_down(x, 3)
+    with pytest.raises(ValueError, match="blur_up: planes must be at least 1 x 1 for this padding, got 0 x 8"):
+        blur_up(x, 0, 8)
     with pytest.raises(ValueError, match="planes must be at least 3 x 3 for this padding, got 4 x 2"):
         blur_down(torch.zeros(1, 1, 4, 2), 2, 2, 2, "reflect")
     with pytest.raises(ValueError, match=r"x must be \(B, C, 4, 4\) to become 8 x 8"):
@@ -181,7 +207,7 @@ def test_blur_is_a_convolution_and_its_transpose(
     cotangent = torch.randn(want.shape)
     (want_grad,) = torch.autograd.grad(want, leaf, cotangent.double())
     for name in BACKENDS:
-        if name != "reference" and _op._why_missing(name, "cpu") is not None:
+        if name != "reference" and _dispatch.why_missing(name, "cpu") is not None:
             continue
         with backend(name):
             mine = x.clone().requires_grad_()
