@@ -126,21 +126,20 @@ def test_variant_from_the_keys_alone(tiny: MAETok, tmp_path: Path) -> None:
 
 def test_full_size_shapes_are_detected() -> None:
     from maetok_fast import models
-    from maetok_fast.models.layouts import layout_of
+
+    def detected(model: Any, public: Any) -> Any:
+        return type(model).config_class(**model.layout.fields(model.state_dict(), public, {}, ()))
 
     for name in ("maetok-b-128", "maetok-l-64-plain", "sit-xl-1", "sit-b-2", "lightningdit-xl-1", "maetok-s-0"):
         with torch.device("meta"):
             model = models.create(name)
-        layout = layout_of(type(model))
-        shapes = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-        public = json.loads(json.dumps(layout.export(model.config)))
-        assert layout.detect(shapes, public, {}, ()) == model.config
-        assert layout.detect(shapes, None, {}, ()) == model.config
+        public = json.loads(json.dumps(model.layout.export(model.config)))
+        assert detected(model, public) == model.config
+        assert detected(model, None) == model.config
         assert not {"encoder_size", "decoder_size"} & set(public)
     with torch.device("meta"):
         model = models.create("maetok-b-128-512", base_image_size=256)
-    shapes = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    assert layout_of(MAETok).detect(shapes, None, {}, ()) == model.config
+    assert detected(model, None) == model.config
 
 
 def test_config_beside_a_file_of_any_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -151,9 +150,12 @@ def test_config_beside_a_file_of_any_name(tmp_path: Path, caplog: pytest.LogCapt
     assert not caplog.records
     (tmp_path / "config.json").unlink()
     assert SiT.from_pretrained(tmp_path / "ema.safetensors").config.heads == 6
-    assert "SiT checkpoint without config.json: assumed heads=6, time='maetok'" in caplog.text
+    assert "SiT checkpoint without config.json: assumed num_classes=10, label_dropout=0.1, heads=6, time='maetok'," in (
+        caplog.text
+    )
     caplog.clear()
-    same(SiT.from_pretrained(tmp_path / "ema.safetensors", heads=4, time="sit"), model)
+    hidden: dict[str, Any] = {"num_classes": 10, "label_dropout": 0.1, "heads": 4, "time": "sit"}
+    same(SiT.from_pretrained(tmp_path / "ema.safetensors", **hidden), model)
     assert not caplog.records
 
 
@@ -296,7 +298,9 @@ def test_unknown_and_public_config_keys(tiny: MAETok, tmp_path: Path) -> None:
 
 def test_the_wrong_kind_of_model(tiny: MAETok, tmp_path: Path) -> None:
     tiny.save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match=r"no SiT checkpoint: key 'x_embedder\.proj\.weight' is missing"):
+    with pytest.raises(
+        CheckpointError, match=r"no SiT checkpoint: key 'final_layer\.linear\.weight' is missing; it holds \d+ keys"
+    ):
         SiT.from_pretrained(tmp_path, allow="config.*")
     state = tiny.state_dict()
     state["quant_conv.weight"] = torch.zeros(12, 64)
@@ -322,15 +326,21 @@ def test_pickle_with_code_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "must not run" not in capsys.readouterr().out
 
 
+MARK = "quant_conv.weight"
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"model": {"x": 3}}, "key 'x' holds a int, expected a tensor"),
-        ({"model": {3: torch.zeros(1)}}, "key 3 is a int, expected a string"),
-        ({"ema": {}}, "expected a dictionary of tensors or one with 'ema' or 'model', got keys ['ema']"),
-        ({"steps": 4}, "expected a dictionary of tensors or one with 'ema' or 'model', got keys"),
-        ([torch.zeros(1)], "got list"),
-        ({"model": {"module.x": torch.zeros(1), "x": torch.zeros(1)}}, "'x' is there twice"),
+        ({"model": {MARK: torch.zeros(1), "x": 3}}, "key 'x' holds a int, expected a tensor"),
+        ({"model": {MARK: torch.zeros(1), 3: torch.zeros(1)}}, "key 3 is a int, expected a string"),
+        ({"ema": {}}, f"no MAETok checkpoint: key '{MARK}' is missing; it holds 'ema' with 0 keys"),
+        ({"steps": 4}, "it holds 1 keys (steps)"),
+        ([torch.zeros(1)], "it holds a list"),
+        (torch.zeros(1), "it holds a Tensor"),
+        ({"model": {f"module.{MARK}": torch.zeros(1), MARK: torch.zeros(1)}}, "MAETok weights are there twice, as"),
+        ({MARK: torch.zeros(1), "a._orig_mod.b": torch.zeros(1), "a.b": torch.zeros(1)}, "'a.b' is there twice"),
+        ({"vae." + MARK: torch.zeros(1), "vae.x": torch.zeros(1)}, f"2 keys, all under 'vae.' (vae.{MARK}, vae.x)"),
     ],
 )
 def test_files_of_something_else(tmp_path: Path, content: Any, message: str) -> None:
@@ -405,8 +415,6 @@ VALUES = st.one_of(
 @given(data=st.data())
 def test_fuzzed_structure_gives_one_clear_error(data: st.DataObject) -> None:
     """Wrong values in config.json and wrong shapes of weights: detection answers or raises, with an explanation."""
-    from maetok_fast.models.layouts import layout_of
-
     kind, config = data.draw(
         st.sampled_from(
             [
@@ -417,17 +425,16 @@ def test_fuzzed_structure_gives_one_clear_error(data: st.DataObject) -> None:
         )
     )
     with torch.device("meta"):
-        shapes = {k: tuple(v.shape) for k, v in kind(config).state_dict().items()}
-    layout = layout_of(kind)
-    public = layout.export(config)
+        state = dict(kind(config).state_dict())
+    public = kind.layout.export(config)
     for key in data.draw(st.lists(st.sampled_from(sorted(public)), max_size=2)):
         public[key] = data.draw(VALUES)
-    for key in data.draw(st.lists(st.sampled_from(sorted(shapes)), max_size=2)):
-        shapes[key] = tuple(data.draw(st.lists(st.integers(0, 80), max_size=4)))
+    for key in data.draw(st.lists(st.sampled_from(sorted(state)), max_size=2)):
+        state[key] = torch.empty(data.draw(st.lists(st.integers(0, 80), max_size=4)), device="meta")
     if data.draw(st.booleans()):
-        del shapes[data.draw(st.sampled_from(sorted(shapes)))]
+        del state[data.draw(st.sampled_from(sorted(state)))]
     try:
-        layout.detect(shapes, public, {}, data.draw(st.sampled_from([(), ("config.*",)])))
+        kind.config_class(**kind.layout.fields(state, public, {}, data.draw(st.sampled_from([(), ("config.*",)]))))
     except CheckpointError as error:
         assert str(error)  # noqa: PT017 (harmless changes raise nothing)
     except (
@@ -449,7 +456,7 @@ def test_failed_save_leaves_the_old_files(tiny: MAETok, tmp_path: Path, monkeypa
         Path(path).write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("safetensors.torch.save_file", half)
+    monkeypatch.setattr("maetok_fast.models.checkpoints.files.save_file", half)
     with pytest.raises(CheckpointError, match="disk full"):
         random(MAETok(TINY), 1).save_pretrained(tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
@@ -500,32 +507,88 @@ def test_push_to_hub(tiny: MAETok, monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+class Hub:
+    """Stands for the hub: `files` by name, and a cache that holds `cached` of them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, files: Any, folder: Path, cached: Any = (), up: bool = True):
+        self.files, self.folder, self.cached, self.up = files, folder, cached, up
+        self.asked: list[Any] = []
+        for name in ("hf_hub_download", "try_to_load_from_cache", "get_hf_file_metadata"):
+            monkeypatch.setattr(f"huggingface_hub.{name}", getattr(self, name))
+
+    def hf_hub_download(
+        self, repo_id: str, name: str, revision: Any = None, token: Any = None, local_files_only: bool = False
+    ) -> str:
+        from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
+
+        self.asked.append((repo_id, name, revision))
+        if local_files_only:
+            if name not in self.cached:
+                raise LocalEntryNotFoundError("not in the cache")
+        elif name not in self.files:
+            raise RemoteEntryNotFoundError("404", response=httpx_response(404))
+        return str(self.folder / name)
+
+    def try_to_load_from_cache(self, repo_id: str, name: str, revision: Any = None) -> Any:
+        from huggingface_hub import _CACHED_NO_EXIST
+
+        return None if name in self.files else _CACHED_NO_EXIST
+
+    def get_hf_file_metadata(self, url: str, token: Any = None, timeout: Any = None) -> None:
+        assert url.startswith("http")
+        assert timeout == 5
+        if not self.up:
+            raise ConnectionError("name not known")
+
+
+def httpx_response(code: int) -> Any:
+    """A response as huggingface_hub's errors want one, whichever HTTP library it uses."""
+    return type("Response", (), {"status_code": code, "headers": {}, "request": None, "url": "", "text": ""})()
+
+
+WHOLE = ("model.safetensors", "config.json")
+
+
 def test_from_the_hub(saved: Path, tiny: MAETok, monkeypatch: pytest.MonkeyPatch) -> None:
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    asked = []
-
-    def download(repo_id: str, name: str, revision: Any = None, token: Any = None) -> str:
-        asked.append((repo_id, name, revision))
-        return str(saved / name)
-
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.delenv("HF_HUB_ETAG_TIMEOUT", raising=False)
+    hub = Hub(monkeypatch, WHOLE, saved)
     same(MAETok.from_pretrained("MAETok/maetok-b-128", revision="main"), tiny)
-    assert asked == [("MAETok/maetok-b-128", n, "main") for n in ("model.safetensors", "config.json")]
-
-    def without_config(repo_id: str, name: str, revision: Any = None, token: Any = None) -> str:
-        if name == "config.json":
-            raise EntryNotFoundError("404")
-        return str(saved / name)
-
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", without_config)
+    assert hub.asked == [("MAETok/maetok-b-128", n, "main") for n in WHOLE]
+    Hub(monkeypatch, WHOLE[:1], saved)
     same(MAETok.from_pretrained("MAETok/maetok-b-128"), tiny)
+    Hub(monkeypatch, (), saved)
+    with pytest.raises(CheckpointError, match=r"no model\.safetensors and no pytorch_model\.bin"):
+        MAETok.from_pretrained("MAETok/maetok-b-128")
 
-    def offline(repo_id: str, name: str, revision: Any = None, token: Any = None) -> str:
-        raise LocalEntryNotFoundError("cannot reach the hub")
 
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", offline)
-    with pytest.raises(
-        CheckpointError, match=r"MAETok/none: neither a local path .*cannot reach the hub.*when offline"
+def test_a_hub_that_does_not_answer(saved: Path, tiny: MAETok, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked once; then its cache serves, but only one that holds all files that the repository has."""
+    monkeypatch.delenv("HF_HUB_ETAG_TIMEOUT", raising=False)
+    Hub(monkeypatch, WHOLE, saved, cached=WHOLE, up=False)
+    same(MAETok.from_pretrained("MAETok/none"), tiny)
+    Hub(monkeypatch, WHOLE[:1], saved, cached=WHOLE[:1], up=False)  # it is known that there is no config.json
+    same(MAETok.from_pretrained("MAETok/none"), tiny)
+    for cached in ((), WHOLE[:1]):
+        Hub(monkeypatch, WHOLE, saved, cached=cached, up=False)
+        with pytest.raises(
+            CheckpointError, match=r"MAETok/none: neither a local path .*does not answer .*name not known.*when offline"
+        ):
+            MAETok.from_pretrained("MAETok/none")
+
+
+def test_paths_are_not_asked_of_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    hub = Hub(monkeypatch, (), tmp_path)
+    for path in (
+        "runs/last.pt",
+        "runs/model.safetensors",
+        "./runs/last",
+        "../runs",
+        "~/runs",
+        "/runs/last",
+        "a/b/c",
+        "a",
     ):
-        MAETok.from_pretrained("MAETok/none")
+        with pytest.raises(CheckpointError, match="no such file or directory, and not a hub repository id"):
+            MAETok.from_pretrained(path)
+    assert not hub.asked
