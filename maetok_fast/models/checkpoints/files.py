@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 
 from maetok_fast.models.checkpoints.layout import CheckpointError
+
+# safetensors is imported where it is used: models are made and run without it
 
 __all__ = ["read_config", "read_weights", "save_id", "storable", "write_together", "write_weights"]
 
@@ -46,6 +46,9 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
 def read_weights(path: Path) -> tuple[Any, dict[str, str]]:
     """What a weights file holds, tensors on the CPU, and a safetensors file's metadata. CheckpointError names it."""
     if path.suffix == ".safetensors":
+        from safetensors import SafetensorError, safe_open
+        from safetensors.torch import load_file
+
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -132,6 +135,8 @@ def _why_not_storable(value: Any) -> str | None:
         return f"is a {type(value.detach()).__name__}; gather or convert it to plain tensors first"
     if value.layout != torch.strided:
         return f"is sparse ({value.layout}); call to_dense() first"
+    from safetensors.torch import save
+
     try:
         save({"": torch.empty(0, dtype=value.dtype)})
     except Exception:  # a KeyError or a ValueError, by safetensors' version
@@ -151,7 +156,14 @@ def save_id(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
 
 
 def write_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    save_file(tensors, path, metadata={"format": "pt", **metadata})
+    """A safetensors file. OSError, also for what safetensors reports as its own kind of error (a full disk)."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path, metadata={"format": "pt", **metadata})
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def write_together(writers: Mapping[Path, Callable[[Path], None]]) -> None:

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from maetok_fast.models.checkpoints.copies import pick
@@ -133,7 +132,7 @@ class Pretrained(nn.Module):
                     directory / "config.json": lambda p: _write_text(p, text),
                 }
             )
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             raise CheckpointError(f"save_pretrained: cannot write to {directory} ({error})") from error
         return directory
 
