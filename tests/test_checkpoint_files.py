@@ -1,0 +1,266 @@
+# Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
+"""Files of checkpoints: what is refused, what a save leaves behind, the hub."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_models import TINY, random, same
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from maetok_fast.models import (
+    CheckpointError,
+    MAETok,
+)
+
+
+@pytest.fixture
+def tiny() -> MAETok:
+    return random(MAETok(TINY))
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return (print, ("this code must not run",))
+
+
+def test_pickle_with_code_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"model": {"x": Evil()}}, tmp_path / "evil.pt")
+    (tmp_path / "raw.pt").write_bytes(pickle.dumps(Evil(), protocol=2))
+    for name in ("evil.pt", "raw.pt"):
+        with pytest.raises(CheckpointError, match=rf"{name}: .*refused, because loading it would run code"):
+            MAETok.from_pretrained(tmp_path / name)
+    assert "must not run" not in capsys.readouterr().out
+
+
+MARK = "quant_conv.weight"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"model": {MARK: torch.zeros(1), "x": 3}}, "key 'x' holds a int, expected a tensor"),
+        ({"model": {MARK: torch.zeros(1), 3: torch.zeros(1)}}, "key 3 is a int, expected a string"),
+        ({"ema": {}}, f"no MAETok checkpoint: key '{MARK}' is missing; it holds 'ema' with 0 keys"),
+        ({"steps": 4}, "it holds 1 keys (steps)"),
+        ([torch.zeros(1)], "it holds a list"),
+        (torch.zeros(1), "it holds a Tensor"),
+        ({"model": {f"module.{MARK}": torch.zeros(1), MARK: torch.zeros(1)}}, "MAETok weights are there twice, as"),
+        ({MARK: torch.zeros(1), "a._orig_mod.b": torch.zeros(1), "a.b": torch.zeros(1)}, "'a.b' is there twice"),
+        ({"vae." + MARK: torch.zeros(1), "vae.x": torch.zeros(1)}, f"2 keys, all under 'vae.' (vae.{MARK}, vae.x)"),
+    ],
+)
+def test_files_of_something_else(tmp_path: Path, content: Any, message: str) -> None:
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=re.escape("a.pt: ") + ".*" + re.escape(message)):
+        MAETok.from_pretrained(tmp_path / "a.pt")
+
+
+def test_paths_that_hold_no_checkpoint(tmp_path: Path, tiny: MAETok) -> None:
+    with pytest.raises(CheckpointError, match=r"expected model\.safetensors or exactly one weights file, found none"):
+        MAETok.from_pretrained(tmp_path)
+    for name in ("a.pt", "b.pt"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"found a.pt, b.pt"):
+        MAETok.from_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="no such file or directory, and not a hub repository id"):
+        MAETok.from_pretrained(tmp_path / "nothing")
+    (tmp_path / "x.txt").write_text("")
+    with pytest.raises(CheckpointError, match=r"expected a .safetensors, .pt"):
+        MAETok.from_pretrained(tmp_path / "x.txt")
+    with pytest.raises(CheckpointError, match="is a file; give a directory"):
+        tiny.save_pretrained(tmp_path / "x.txt")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("saved")
+    model = random(MAETok(TINY))
+    model.save_pretrained(path)
+    torch.save({"ema": model.state_dict()}, path / "train.pt")
+    return path
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_fuzzed_files_give_one_clear_error(saved: Path, tmp_path: Path, data: st.DataObject) -> None:
+    """Truncated, flipped or random bytes: a model or a CheckpointError that names the file, never anything else."""
+    name = data.draw(st.sampled_from(["model.safetensors", "train.pt", "config.json"]))
+    for file in tmp_path.iterdir():
+        file.unlink()
+    raw = bytearray((saved / name).read_bytes())
+    how = data.draw(st.sampled_from(["truncate", "flip", "random", "header"]))
+    if how == "truncate":
+        raw = raw[: data.draw(st.integers(0, len(raw) - 1))]
+    elif how == "random":
+        raw = bytearray(data.draw(st.binary(max_size=200)))
+    else:
+        limit = min(len(raw), 3000) if how == "header" else len(raw)
+        for _ in range(data.draw(st.integers(1, 8))):
+            raw[data.draw(st.integers(0, limit - 1))] = data.draw(st.integers(0, 255))
+    (tmp_path / name).write_bytes(bytes(raw))
+    if name == "config.json":
+        (tmp_path / "model.safetensors").write_bytes((saved / "model.safetensors").read_bytes())
+    try:
+        MAETok.from_pretrained(tmp_path)
+    except CheckpointError as error:
+        assert str(tmp_path) in str(error)  # noqa: PT017 (some damage is harmless: no error either)
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def test_failed_save_leaves_the_old_files(tiny: MAETok, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.save_pretrained(tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+
+    def half(tensors: Any, path: str, metadata: Any = None) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("safetensors.torch.save_file", half)
+    with pytest.raises(CheckpointError, match="disk full"):
+        random(MAETok(TINY), 1).save_pretrained(tmp_path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_saving_where_or_what_cannot_be_saved(tiny: MAETok, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"cannot write to .*file/folder"):
+        tiny.save_pretrained(tmp_path / "file" / "folder")
+    with torch.device("meta"):
+        empty = MAETok(TINY)
+    with pytest.raises(CheckpointError, match="is on the meta device and has no values"):
+        empty.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_saved_weights_are_plain_safetensors(tiny: MAETok, tmp_path: Path) -> None:
+    tiny.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    assert state.keys() == tiny.state_dict().keys()
+    assert (tmp_path / "model.safetensors").stat().st_mode & 0o444 == (tmp_path / "config.json").stat().st_mode & 0o444
+
+
+# ---- the hub ---------------------------------------------------------------------------------------------------------
+
+
+def test_push_to_hub(tiny: MAETok, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, Any]] = []
+
+    class Api:
+        def __init__(self, token: Any = None) -> None:
+            calls.append(("token", token))
+
+        def create_repo(self, repo_id: str, **kwargs: Any) -> None:
+            calls.append(("create", (repo_id, kwargs)))
+
+        def upload_folder(self, *, repo_id: str, folder_path: str, **kwargs: Any) -> str:
+            same(MAETok.from_pretrained(folder_path), tiny)
+            calls.append(("upload", (repo_id, kwargs)))
+            return "https://hub/commit"
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    assert tiny.push_to_hub("me/model", private=True, token="t", message="hi") == "https://hub/commit"
+    assert calls == [
+        ("token", "t"),
+        ("create", ("me/model", {"private": True, "exist_ok": True, "repo_type": "model"})),
+        ("upload", ("me/model", {"revision": None, "commit_message": "hi"})),
+    ]
+
+
+class Hub:
+    """Stands for the hub: `files` by name, and a cache that holds `cached` of them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, files: Any, folder: Path, cached: Any = (), up: bool = True):
+        self.files, self.folder, self.cached, self.up = files, folder, cached, up
+        self.asked: list[Any] = []
+        for name in ("hf_hub_download", "try_to_load_from_cache", "get_hf_file_metadata"):
+            monkeypatch.setattr(f"huggingface_hub.{name}", getattr(self, name))
+
+    def hf_hub_download(
+        self, repo_id: str, name: str, revision: Any = None, token: Any = None, local_files_only: bool = False
+    ) -> str:
+        from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
+
+        self.asked.append((repo_id, name, revision))
+        if local_files_only:
+            if name not in self.cached:
+                raise LocalEntryNotFoundError("not in the cache")
+        elif name not in self.files:
+            raise RemoteEntryNotFoundError("404", response=httpx_response(404))
+        return str(self.folder / name)
+
+    def try_to_load_from_cache(self, repo_id: str, name: str, revision: Any = None) -> Any:
+        from huggingface_hub import _CACHED_NO_EXIST
+
+        return None if name in self.files else _CACHED_NO_EXIST
+
+    def get_hf_file_metadata(self, url: str, token: Any = None, timeout: Any = None) -> None:
+        assert url.startswith("http")
+        assert timeout == 5
+        if not self.up:
+            raise ConnectionError("name not known")
+
+
+def httpx_response(code: int) -> Any:
+    """A response as huggingface_hub's errors want one, whichever HTTP library it uses."""
+    return type("Response", (), {"status_code": code, "headers": {}, "request": None, "url": "", "text": ""})()
+
+
+WHOLE = ("model.safetensors", "config.json")
+
+
+def test_from_the_hub(saved: Path, tiny: MAETok, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HUB_ETAG_TIMEOUT", raising=False)
+    hub = Hub(monkeypatch, WHOLE, saved)
+    same(MAETok.from_pretrained("MAETok/maetok-b-128", revision="main"), tiny)
+    assert hub.asked == [("MAETok/maetok-b-128", n, "main") for n in WHOLE]
+    Hub(monkeypatch, WHOLE[:1], saved)
+    same(MAETok.from_pretrained("MAETok/maetok-b-128"), tiny)
+    Hub(monkeypatch, (), saved)
+    with pytest.raises(CheckpointError, match=r"no model\.safetensors and no pytorch_model\.bin"):
+        MAETok.from_pretrained("MAETok/maetok-b-128")
+
+
+def test_a_hub_that_does_not_answer(saved: Path, tiny: MAETok, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked once; then its cache serves, but only one that holds all files that the repository has."""
+    monkeypatch.delenv("HF_HUB_ETAG_TIMEOUT", raising=False)
+    Hub(monkeypatch, WHOLE, saved, cached=WHOLE, up=False)
+    same(MAETok.from_pretrained("MAETok/none"), tiny)
+    Hub(monkeypatch, WHOLE[:1], saved, cached=WHOLE[:1], up=False)  # it is known that there is no config.json
+    same(MAETok.from_pretrained("MAETok/none"), tiny)
+    for cached in ((), WHOLE[:1]):
+        Hub(monkeypatch, WHOLE, saved, cached=cached, up=False)
+        with pytest.raises(
+            CheckpointError, match=r"MAETok/none: neither a local path .*does not answer .*name not known.*when offline"
+        ):
+            MAETok.from_pretrained("MAETok/none")
+
+
+def test_paths_are_not_asked_of_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    hub = Hub(monkeypatch, (), tmp_path)
+    for path in (
+        "runs/last.pt",
+        "runs/model.safetensors",
+        "./runs/last",
+        "../runs",
+        "~/runs",
+        "/runs/last",
+        "a/b/c",
+        "a",
+    ):
+        with pytest.raises(CheckpointError, match="no such file or directory, and not a hub repository id"):
+            MAETok.from_pretrained(path)
+    assert not hub.asked
