@@ -3,22 +3,26 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import pickle
+import pkgutil
 import re
-from pathlib import Path
+import shutil
+import types
+from dataclasses import replace
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from checkpoint_models import TINY, random, same
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from maetok_fast.models import (
-    CheckpointError,
-    MAETok,
-)
+from maetok_fast.models import CheckpointError, MAETok, SiT, SiTConfig
 
 
 @pytest.fixture
@@ -44,6 +48,41 @@ def test_pickle_with_code_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 MARK = "quant_conv.weight"
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_refusal_names_what_the_pickle_asks_for(tmp_path: Path, zipped: bool, tiny: MAETok) -> None:
+    file = tmp_path / "a.pt"
+    for content, asked in (({"x": Evil()}, "print"), ({"model": tiny}, r"maetok_fast\.models\.tokenizer\.MAETok")):
+        torch.save(content, file, _use_new_zipfile_serialization=zipped)
+        with pytest.raises(CheckpointError, match=rf"a\.pt: .*it asks for the global {asked}\).*refused") as caught:
+            MAETok.from_pretrained(file)
+        assert str(caught.value).isprintable()  # no terminal codes, one line
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_plain_values_beside_the_weights(tmp_path: Path, zipped: bool, tiny: MAETok) -> None:
+    """What training files keep besides: read past, and nothing of its types is called."""
+    values: list[Any] = [np.float64(1.5), np.int32(2), np.bool_(True), np.str_("x"), np.dtype("f4"), np.zeros(3)]
+    values += [
+        np.random.get_state(),  # noqa: NPY002 (what training files hold)
+        Path("/data"),
+        PurePosixPath("a"),
+        PureWindowsPath("b"),
+        types.SimpleNamespace(x=1),
+    ]
+    values += [argparse.Namespace(out=Path("x"), lr=np.float32(1e-4), more=argparse.Namespace()), np.array([{}, None])]
+    content = {"ema": tiny.state_dict(), "rest": values, **{f"v{i}": v for i, v in enumerate(values)}}
+    torch.save(content, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+    same(MAETok.from_pretrained(tmp_path / "a.pt"), tiny)
+    if not zipped:  # the names that numpy 1 wrote
+        data = (tmp_path / "a.pt").read_bytes()
+        assert b"cnumpy._core.multiarray\nscalar" in data
+        (tmp_path / "a.pt").write_bytes(data.replace(b"cnumpy._core.", b"cnumpy.core."))
+        same(MAETok.from_pretrained(tmp_path / "a.pt"), tiny)
+    torch.save({"ema": tiny.state_dict() | {"x": np.float64(1)}}, tmp_path / "b.pt")
+    with pytest.raises(CheckpointError, match="key 'x' holds a NoTensor, expected a tensor"):
+        MAETok.from_pretrained(tmp_path / "b.pt")
 
 
 @pytest.mark.parametrize(
@@ -120,18 +159,148 @@ def test_fuzzed_files_give_one_clear_error(saved: Path, tmp_path: Path, data: st
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
-def test_failed_save_leaves_the_old_files(tiny: MAETok, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny.save_pretrained(tmp_path)
-    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+def content(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir()} if folder.exists() else {}
 
-    def half(tensors: Any, path: str, metadata: Any = None) -> None:
-        Path(path).write_bytes(b"half")
-        raise OSError("disk full")
 
-    monkeypatch.setattr("safetensors.torch.save_file", half)
-    with pytest.raises(CheckpointError, match="disk full"):
-        random(MAETok(TINY), 1).save_pretrained(tmp_path)
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+class Failing:
+    """Stands for a function that fails at its n-th call."""
+
+    def __init__(self, function: Any, at: int, error: BaseException) -> None:
+        self.function, self.at, self.error, self.calls = function, at, error, 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        if self.calls == self.at:
+            raise self.error
+        return self.function(*args, **kwargs)
+
+
+def no_links(*args: Any) -> None:
+    raise OSError(1, "Operation not permitted")
+
+
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize(
+    ("name", "at"),
+    [
+        ("safetensors.torch.save_file", 1),
+        ("pathlib.Path.write_text", 1),
+        ("os.fsync", 1),
+        ("os.fsync", 2),
+        ("os.replace", 1),
+        ("os.replace", 2),
+    ],
+)
+def test_a_failed_save_leaves_what_was_there(
+    name: str, at: int, before: bool, links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it fails, with and without an older save, on file systems with and without hard links."""
+    if not links:
+        monkeypatch.setattr("os.link", no_links)
+    fields: dict[str, Any] = {"tokens": 6, "channels": 5, "dim": 16, "depth": 1, "heads": 2}
+    old, new = random(SiT(SiTConfig(**fields)), 1), random(SiT(SiTConfig(**fields, time="sit")), 2)
+    if before:
+        old.save_pretrained(tmp_path)
+    was = content(tmp_path)
+    module, _, attribute = name.rpartition(".")
+    function = getattr(pkgutil.resolve_name(module), attribute)
+    for error in (OSError(28, "No space left on device"), KeyboardInterrupt()):
+        failing = Failing(function, at, error)
+        with monkeypatch.context() as patch:
+            patch.setattr(name, lambda *a, f=failing, **k: f(*a, **k))
+            with pytest.raises((CheckpointError, KeyboardInterrupt)) as caught:
+                new.save_pretrained(tmp_path)
+        assert failing.calls >= at
+        assert "No space left" in str(caught.value) or caught.type is KeyboardInterrupt
+        assert content(tmp_path) == was
+    if before:
+        same(SiT.from_pretrained(tmp_path), old)
+    new.save_pretrained(tmp_path)
+    same(SiT.from_pretrained(tmp_path), new)
+    assert sorted(content(tmp_path)) == ["config.json", "model.safetensors"]
+
+
+def test_a_name_that_is_taken_by_a_folder(tiny: MAETok, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        folder = tmp_path / name
+        (folder / name).mkdir(parents=True)
+        with pytest.raises(CheckpointError, match=f"cannot write to .*{name}"):
+            tiny.save_pretrained(folder)
+        assert [p.name for p in folder.iterdir()] == [name]
+
+
+def test_files_of_two_saves_are_refused(tmp_path: Path) -> None:
+    """What a process leaves that is killed between the two renames; edited and foreign files are none of that."""
+    fields: dict[str, Any] = {"tokens": 6, "channels": 5, "dim": 16, "depth": 1, "heads": 2}
+    first, second = random(SiT(SiTConfig(**fields)), 1), random(SiT(SiTConfig(**fields)), 2)
+    a, b = first.save_pretrained(tmp_path / "a"), second.save_pretrained(tmp_path / "b")
+    shutil.copy(b / "model.safetensors", a)
+    with pytest.raises(CheckpointError, match=r"config\.json beside it is of another save .*allow='config\.save_id'"):
+        SiT.from_pretrained(a)
+    same(SiT.from_pretrained(a, allow="config.save_id"), second)
+    config = json.loads((b / "config.json").read_text())
+    (b / "config.json").write_text(json.dumps(config | {"time_convention": "sit"}))
+    assert SiT.from_pretrained(b).config.time == "sit"
+    save_file(first.state_dict(), b / "model.safetensors")  # without our id, as other libraries write them
+    assert torch.equal(SiT.from_pretrained(b).pos_embed, first.pos_embed)
+    del config["save_id"]
+    (a / "config.json").write_text(json.dumps(config))
+    same(SiT.from_pretrained(a), second)
+
+
+def test_equal_models_make_equal_files(tmp_path: Path) -> None:
+    config = SiTConfig(tokens=6, channels=5, dim=16, depth=1, heads=2)
+    saves = [content(random(SiT(config), seed).save_pretrained(tmp_path / str(i))) for i, seed in enumerate((1, 1, 2))]
+    assert saves[0] == saves[1]
+    assert saves[0]["config.json"] != saves[2]["config.json"]
+    other = random(SiT(replace(config, time="sit")), 1).save_pretrained(tmp_path / "other")
+    assert json.loads((other / "config.json").read_text())["save_id"] not in saves[0]["config.json"].decode()
+
+
+def test_shared_memory_is_stored_once_per_name(tiny: MAETok, tmp_path: Path) -> None:
+    tiny.decoder.mask_token = tiny.encoder.mask_token
+    weights = torch.randn(2, 64)  # two parameters in one flat buffer, overlapping
+    tiny.encoder.model.norm.weight = torch.nn.Parameter(weights.view(-1)[:64])
+    tiny.encoder.model.norm.bias = torch.nn.Parameter(weights.view(-1)[32:96])
+    tiny.quant_conv.bias = torch.nn.Parameter(torch.ones(1).expand(6))
+    same(MAETok.from_pretrained(tiny.save_pretrained(tmp_path)), tiny)
+
+
+def test_memory_order_does_not_change_values(tiny: MAETok, tmp_path: Path) -> None:
+    """Transposed, strided and channels-last tensors hold in the file what they hold in the model."""
+    tiny.quant_conv.weight = torch.nn.Parameter(torch.randn(64, 6).t())
+    tiny.quant_conv.bias = torch.nn.Parameter(torch.randn(6, 2)[:, 0])
+    tiny.to(memory_format=torch.channels_last)
+    assert not tiny.quant_conv.weight.is_contiguous()
+    assert not tiny.encoder.model.patch_embed.proj.weight.is_contiguous()
+    same(MAETok.from_pretrained(tiny.save_pretrained(tmp_path)), tiny)
+
+
+def test_tensors_that_cannot_be_stored_are_named(tiny: MAETok, tmp_path: Path) -> None:
+    class Wrapped(torch.Tensor):
+        pass
+
+    def refused(value: Any, message: str) -> None:
+        tiny.quant_conv.register_buffer("odd", value)
+        with pytest.raises(CheckpointError, match=f"save_pretrained: quant_conv.odd {message}"):
+            tiny.save_pretrained(tmp_path / "new")
+
+    refused(torch.empty(2, device="meta"), "is on the meta device and has no values")
+    refused(torch.zeros(2, dtype=torch.complex128), r"is torch\.complex128, which safetensors cannot hold")
+    refused(torch.eye(2).to_sparse(), r"is sparse .*to_dense")
+    refused(torch.zeros(2).as_subclass(Wrapped), "is a Wrapped; gather or convert")
+    assert not (tmp_path / "new").exists()
+
+
+def test_weights_in_8_bits(tiny: MAETok, tmp_path: Path) -> None:
+    state = {k: v.to(torch.float8_e4m3fn) if v.ndim == 2 else v for k, v in tiny.state_dict().items()}
+    save_file(state, tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match=r"float8_e4m3fn, in which no model computes; pass dtype=torch\.bfloat16"):
+        MAETok.from_pretrained(tmp_path / "a.safetensors")
+    low = MAETok.from_pretrained(tmp_path / "a.safetensors", dtype=torch.bfloat16)
+    assert torch.equal(low.quant_conv.weight, state["quant_conv.weight"].to(torch.bfloat16))
 
 
 def test_saving_where_or_what_cannot_be_saved(tiny: MAETok, tmp_path: Path) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from maetok_fast.models import (
     SiTConfig,
     ViTSize,
 )
+from maetok_fast.models.checkpoints import Facts, Layout, Pretrained
 
 
 @pytest.fixture
@@ -295,3 +297,203 @@ def test_fuzzed_structure_gives_one_clear_error(data: st.DataObject) -> None:
         ArithmeticError,
     ) as error:  # from_pretrained names the file and passes the sentence on
         assert str(error)  # noqa: PT017
+
+
+# ---- what weights without a config.json do not show ----------------------------------------------------------------
+
+VIT = ViTSize(64, 1, 1)
+# one other value of each field (or several), from a base configuration
+OTHER: dict[Any, tuple[Any, dict[str, Any]]] = {
+    MAETok: (
+        MAETokConfig(image_size=64, base_image_size=64, num_latent_tokens=4, latent_dim=6, encoder=VIT, decoder=VIT),
+        {
+            "image_size": [(32, 128), 128],
+            "base_image_size": [128],
+            "patch": [8],
+            "decoder_patch": [8],
+            "num_latent_tokens": [5, 0],
+            "latent_dim": [7],
+            "encoder": [ViTSize(64, 1, 2), ViTSize(128, 2, 2), ViTSize(64, 1, 1, 3.0)],
+            "decoder": [ViTSize(64, 1, 4)],
+            "decoder_kind": ["plain"],
+            "decoder_cls_token": [True],
+            "position": ["axial", "absolute"],
+            "rope_theta": [100.0],
+            "mask_token": [False],
+            "encoder_drop_path": [0.1],
+            "decoder_drop_path": [0.1],
+            "latent_mean": [0.5],
+            "latent_std": [2.0],
+        },
+    ),
+    SiT: (
+        SiTConfig(tokens=(4, 4), channels=4, dim=384, depth=1, heads=6, num_classes=10),
+        {
+            "tokens": [(2, 8), (16, 1), (8, 8), (6, 4), 16],
+            "channels": [5],
+            "patch": [2],
+            "dim": [768],
+            "depth": [2],
+            "heads": [4],
+            "mlp_ratio": [3.3],
+            "num_classes": [12, 1000],
+            "label_dropout": [0.3, 0.0],
+            "qk_norm": [True],
+            "learn_sigma": [True],
+            "time": ["sit"],
+        },
+    ),
+}
+OTHER[LightningDiT] = (
+    LightningDiTConfig(**OTHER[SiT][0].__dict__),
+    {**OTHER[SiT][1], "rmsnorm": [False], "swiglu": [False], "rope": [False], "shift": [False]},
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [(kind, {field: value}) for kind, (_, others) in OTHER.items() for field in others for value in others[field]]
+    + [(MAETok, {"position": "axial", "base_image_size": 128})],
+    ids=lambda x: x.__name__ if isinstance(x, type) else "-".join(f"{k}={v}" for k, v in x.items()),
+)
+def test_every_field_is_shown_or_named(
+    kind: Any, changes: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A file without config.json: each field of the model comes back, or the warning names it, or a refusal does."""
+    config = replace(OTHER[kind][0], **changes)
+    model = kind(config)
+    save_file(model.state_dict(), tmp_path / "a.safetensors")
+    try:
+        loaded = kind.from_pretrained(tmp_path / "a.safetensors")
+    except CheckpointError as error:
+        assert all(field in str(error) for field in changes)  # noqa: PT017
+        return
+    for field in kind.config_class.__dataclass_fields__:
+        one, other = getattr(loaded.config, field), getattr(config, field)
+        if field == "mlp_ratio":  # of ratios that make one width the simplest is taken
+            one, other = int(config.dim * one), int(config.dim * other)
+            if getattr(config, "swiglu", False):
+                one, other = int(2 / 3 * one), int(2 / 3 * other)
+        elif isinstance(other, ViTSize) and f"{field} heads=" in caplog.text:
+            one, other = replace(one, heads=1), replace(other, heads=1)
+        assert one == other or f" {field}=" in caplog.text, field
+
+
+def test_the_fields_above_are_all_fields() -> None:
+    for kind, (_, others) in OTHER.items():
+        assert set(others) == set(kind.config_class.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("grid", [(2, 32), (32, 2), (8, 8), (1, 64), (64, 1)])
+def test_fixed_tables_show_the_grid(
+    grid: tuple[int, int], dtype: torch.dtype, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "a.safetensors"
+    fields: dict[str, Any] = {"channels": 5, "dim": 48, "depth": 1, "heads": 4, "qk_norm": True}
+    sit = SiT(SiTConfig(tokens=grid, **fields)).to(dtype)
+    save_file(sit.state_dict(), file)
+    assert SiT.from_pretrained(file).config.tokens == grid
+    assert "tokens=" not in caplog.text
+    lightning = LightningDiT(LightningDiTConfig(tokens=grid, **fields)).to(dtype)
+    save_file({**lightning.state_dict(), "pos_embed": torch.randn(1, 64, 48)}, file)  # the RoPE buffers alone
+    assert LightningDiT.from_pretrained(file).config.tokens == grid
+    assert "tokens=" not in caplog.text
+    if grid != (8, 8):
+        with pytest.raises(CheckpointError, match=r"tokens=\(8, 8\) was given, but the weights show"):
+            LightningDiT.from_pretrained(file, tokens=(8, 8))
+        (tmp_path / "config.json").write_text(json.dumps({**sit.layout.export(sit.config), "input_size": 8}))
+        save_file(sit.state_dict(), file)
+        with pytest.raises(CheckpointError, match=r"config.json says input_size=8, the weights show \("):
+            SiT.from_pretrained(file)
+        assert SiT.from_pretrained(file, allow="config.input_size").config.tokens == grid
+
+
+def test_tables_that_show_no_grid_or_two(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "a.safetensors"
+    fields: dict[str, Any] = {"channels": 5, "dim": 48, "depth": 1, "heads": 4, "qk_norm": True}
+    sit = random(SiT(SiTConfig(tokens=(2, 8), **fields)))
+    save_file(sit.state_dict(), file)
+    assert SiT.from_pretrained(file).config.tokens == (4, 4)
+    assert "tokens=(4, 4)" in caplog.text or "tokens=4" in caplog.text
+    assert SiT.from_pretrained(file, tokens=(2, 8)).config.tokens == (2, 8)
+    with pytest.raises(CheckpointError, match=r"16 positions of patch 1 make no tokens \(2, 4\)"):
+        SiT.from_pretrained(file, tokens=(2, 4))
+    one, other = (LightningDiT(LightningDiTConfig(tokens=grid, **fields)) for grid in ((2, 8), (4, 4)))
+    save_file({**one.state_dict(), "pos_embed": other.state_dict()["pos_embed"]}, file)
+    with pytest.raises(CheckpointError, match=r"different grids \(pos_embed \(4, 4\), feat_rope \(2, 8\)\)"):
+        LightningDiT.from_pretrained(file)
+    # without buffers, which follow from the grid, nothing but config.json tells that there is RoPE
+    save_file({k: v for k, v in one.state_dict().items() if "feat_rope" not in k}, file)
+    assert LightningDiT.from_pretrained(file, rope=True).config.rope
+    (tmp_path / "config.json").write_text(json.dumps(one.layout.export(one.config)))
+    same(LightningDiT.from_pretrained(file), one)
+
+
+# ---- a model family of a user's own --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OwnConfig:
+    width: int = 4
+    slope: float = 0.1
+
+
+def _detect_own(facts: Facts) -> dict[str, Any]:
+    width = facts.shape("model.out.weight", 2)[1]
+    facts.check("width", width)
+    return {"width": width, "slope": facts.hide("slope", facts.number("slope"), 0.1)}
+
+
+class Own(Pretrained):
+    config_class = OwnConfig
+    layout = Layout("Own", "model.out.weight", _detect_own, asdict, frozenset({"width", "slope"}))
+
+    def __init__(self, config: OwnConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = OwnConfig() if config is None else config
+        self.model = torch.nn.Sequential()  # its keys begin with a word that wrappers use
+        self.model.out = torch.nn.Linear(config.width, 2)
+
+
+def test_a_family_of_ones_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A class and its layout, both in this file: saved, loaded, checked and unwrapped as ours are."""
+    own = random(Own(OwnConfig(3, 0.5)))
+    assert sorted(own.state_dict()) == ["model.out.bias", "model.out.weight"]
+    own.save_pretrained(tmp_path)
+    same(Own.from_pretrained(tmp_path), own)
+    assert not caplog.records
+    torch.save({"ema": {f"module.{k}": v for k, v in own.state_dict().items()}}, tmp_path / "last.pt")
+    (tmp_path / "config.json").rename(tmp_path / "other.json")
+    assert Own.from_pretrained(tmp_path / "last.pt").config == OwnConfig(3, 0.1)
+    assert (
+        "an Own checkpoint" in caplog.text or "a Own checkpoint without config.json: assumed slope=0.1" in caplog.text
+    )
+    same(Own.from_pretrained(tmp_path / "last.pt", slope=0.5), own)
+    (tmp_path / "config.json").write_text('{"width": 4}')
+    with pytest.raises(CheckpointError, match=r"config\.json says width=4, the weights show 3"):
+        Own.from_pretrained(tmp_path / "last.pt")
+    SiT(SiTConfig(**GENERATOR, tokens=6)).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"no Own checkpoint: key 'model\.out\.weight' is missing"):
+        Own.from_pretrained(tmp_path)
+
+
+def test_a_class_without_a_layout(tmp_path: Path) -> None:
+    class Bare(Pretrained):
+        pass
+
+    for act in (lambda: Bare().save_pretrained(tmp_path), lambda: Bare.from_pretrained(tmp_path)):
+        with pytest.raises(TypeError, match=r"Bare has no checkpoint layout; set `layout = Layout"):
+            act()
+
+
+def test_names_of_presets_are_types() -> None:
+    from maetok_fast.models import catalog
+
+    table = catalog.presets()
+    for kind, config in (
+        (catalog.MAETokName, MAETokConfig),
+        (catalog.SiTName, SiTConfig),
+        (catalog.LightningDiTName, LightningDiTConfig),
+    ):
+        assert sorted(get_args(kind)) == sorted(n for n in table if type(table[n]) is config)

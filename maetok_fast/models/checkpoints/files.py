@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from maetok_fast.models.checkpoints.layout import CheckpointError
 
@@ -83,7 +83,7 @@ _DATA: list[Any] = [
     for name in (
         "argparse.Namespace",
         "types.SimpleNamespace",
-        *(f"pathlib{m}.{k}" for m in ("", "._local") for k in ("PosixPath", "PurePosixPath", "WindowsPath", "Path")),
+        *(f"pathlib{m}.{p}{k}Path" for m in ("", "._local") for p in ("", "Pure") for k in ("", "Posix", "Windows")),
         *(f"numpy.{core}.multiarray.{k}" for core in ("core", "_core") for k in ("scalar", "_reconstruct")),
         "numpy.dtype",
         "numpy.ndarray",
@@ -127,8 +127,6 @@ def storable(state: Mapping[str, Any]) -> dict[str, Tensor]:
 def _why_not_storable(value: Any) -> str | None:
     if not isinstance(value, Tensor):
         return f"is a {type(value).__name__} and no tensor"
-    if nn.parameter.is_lazy(value):
-        return "has no shape yet; run the model once"
     if value.is_meta:
         return "is on the meta device and has no values; load some first"
     if type(value.detach()) is not Tensor:
@@ -164,6 +162,19 @@ def write_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         save_file(tensors, path, metadata={"format": "pt", **metadata})
     except SafetensorError as error:
         raise OSError(str(error)) from error
+    _sort_metadata(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """safetensors writes the metadata's entries in random order: one order, so that equal models make equal files."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        if len(text) == length:  # the same characters, so the same length
+            file.seek(8)
+            file.write(text)
 
 
 def write_together(writers: Mapping[Path, Callable[[Path], None]]) -> None:

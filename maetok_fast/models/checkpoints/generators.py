@@ -1,7 +1,7 @@
 # Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 """The public layouts of SiT (MAETok, REPA and official weights) and LightningDiT. 1-D or 2-D latents, the grid, sizes,
 q/k norm, sigma outputs, SwiGLU, RMSNorm and RoPE are read from keys, shapes and the fixed position tables; heads from
-q/k norm, config or width.
+q/k norm, RoPE, config or width.
 """
 
 from __future__ import annotations
@@ -92,6 +92,8 @@ def _generator_fields(f: Facts) -> dict[str, Any]:
     qk_norm = f.has("blocks.0.attn.q_norm.weight")
     if qk_norm:
         heads = dim // f.shape("blocks.0.attn.q_norm.weight", 1)[0]
+    elif f.has("feat_rope.freqs_cos"):
+        heads = dim // f.shape("feat_rope.freqs_cos", 2)[1]
     else:
         heads = f.hide("heads", f.number("num_heads", integer=True), _HEADS.get(dim))
     if not isinstance(heads, int) or heads < 1:
