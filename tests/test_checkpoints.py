@@ -442,7 +442,7 @@ class OwnConfig:
 def _detect_own(facts: Facts) -> dict[str, Any]:
     width = facts.shape("model.out.weight", 2)[1]
     facts.check("width", width)
-    return {"width": width, "slope": facts.hide("slope", facts.number("slope"), 0.1)}
+    return {"width": width, "slope": facts.unshown("slope", facts.number("slope"), 0.1)}
 
 
 class Own(Pretrained):

@@ -107,11 +107,14 @@ def _refusal(error: Exception) -> str:
 def storable(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors as safetensors wants them: on the CPU, contiguous, none sharing memory with another (each name gets
     its copy). CheckpointError names those that cannot be stored."""
-    refused = {key: reason for key, value in state.items() if (reason := _why_not_storable(value))}
+    refused: dict[str, list[str]] = {}
+    for key, value in state.items():
+        if reason := _why_not_storable(value):
+            refused.setdefault(reason, []).append(key)
     if refused:
-        some = ", ".join(f"{key} {reason}" for key, reason in list(refused.items())[:5])
-        more = f" and {len(refused) - 5} more" if len(refused) > 5 else ""
-        raise CheckpointError(f"save_pretrained: {some}{more}")
+        what = (", ".join(v[:4]) + (f" and {len(v) - 4} more" if len(v) > 4 else "") for v in refused.values())
+        said = "; ".join(f"{keys}: {reason}" for keys, reason in zip(what, refused))
+        raise CheckpointError(f"save_pretrained: cannot store {said}")
     out: dict[str, Tensor] = {}
     used: set[int] = set()
     for key, value in state.items():
@@ -126,19 +129,19 @@ def storable(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def _why_not_storable(value: Any) -> str | None:
     if not isinstance(value, Tensor):
-        return f"is a {type(value).__name__} and no tensor"
+        return f"a {type(value).__name__}, not a tensor"
     if value.is_meta:
-        return "is on the meta device and has no values; load some first"
+        return "on the meta device and without values; load some first"
     if type(value.detach()) is not Tensor:
-        return f"is a {type(value.detach()).__name__}; gather or convert it to plain tensors first"
+        return f"{type(value.detach()).__name__}; gather or convert to plain tensors first"
     if value.layout != torch.strided:
-        return f"is sparse ({value.layout}); call to_dense() first"
+        return f"sparse ({value.layout}); call to_dense() first"
     from safetensors.torch import save
 
     try:
         save({"": torch.empty(0, dtype=value.dtype)})
     except Exception:  # a KeyError or a ValueError, by safetensors' version
-        return f"is {value.dtype}, which safetensors cannot hold"
+        return f"{value.dtype}, which safetensors cannot hold"
     return None
 
 

@@ -77,7 +77,7 @@ def _generator_fields(f: Facts) -> dict[str, Any]:
             )
         tokens = f.grid("tokens", "input_size", count, patch, next(iter(grids.values()), None))
     rows = f.shape("y_embedder.embedding_table.weight", 2)[0]
-    classes = f.hide("num_classes", f.number("num_classes", integer=True), 1000 if rows == 1000 else rows - 1)
+    classes = f.unshown("num_classes", f.number("num_classes", integer=True), 1000 if rows == 1000 else rows - 1)
     if not isinstance(classes, int) or rows not in (classes, classes + 1):
         raise CheckpointError(
             f"the label table has {rows} rows, which does not fit num_classes={classes!r} (+ 1 for null)"
@@ -87,7 +87,7 @@ def _generator_fields(f: Facts) -> dict[str, Any]:
     if dropout is not None and (dropout > 0) != null:
         f.check("class_dropout_prob", "a null class" if null else "no null class", same=lambda v: False)
         dropout = None
-    dropout = f.hide("label_dropout", dropout, 0.1) if null else 0.0
+    dropout = f.unshown("label_dropout", dropout, 0.1) if null else 0.0
     depth = f.depth("blocks")
     qk_norm = f.has("blocks.0.attn.q_norm.weight")
     if qk_norm:
@@ -95,7 +95,7 @@ def _generator_fields(f: Facts) -> dict[str, Any]:
     elif f.has("feat_rope.freqs_cos"):
         heads = dim // f.shape("feat_rope.freqs_cos", 2)[1]
     else:
-        heads = f.hide("heads", f.number("num_heads", integer=True), _HEADS.get(dim))
+        heads = f.unshown("heads", f.number("num_heads", integer=True), _HEADS.get(dim))
     if not isinstance(heads, int) or heads < 1:
         raise CheckpointError(f"the number of heads of a {dim}-wide model is unknown; pass heads=...")
     out = f.shape("final_layer.linear.weight", 2)[0]
@@ -130,7 +130,7 @@ def _time(f: Facts, usual: str) -> str:
     time = f.public.get("time_convention")
     if time not in (None, "maetok", "sit"):
         raise CheckpointError(f"config.json: time_convention must be 'maetok' (t = 0 data) or 'sit', got {time!r}")
-    return str(f.hide("time", time, usual))
+    return str(f.unshown("time", time, usual))
 
 
 def _stated_ratios(f: Facts) -> tuple[Any, Any]:
@@ -159,7 +159,7 @@ def _detect_lightningdit(f: Facts) -> dict[str, Any]:
         rope = f.has("feat_rope.freqs_cos")
         f.check("use_rope", rope)
     else:  # the buffers follow from the grid, so that a file may lack them
-        rope = f.hide("rope", f.flag("use_rope"), False)
+        rope = f.unshown("rope", f.flag("use_rope"), False)
     fields |= {
         "swiglu": swiglu,
         "rmsnorm": f.has("blocks.0.norm1.weight"),

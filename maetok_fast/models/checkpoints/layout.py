@@ -100,7 +100,7 @@ class Facts:
         self.configured = public is not None
         self.problems: list[str] = []
         self.assumed: list[str] = []
-        self.hidden: set[str] = set()
+        self._unshown: set[str] = set()
         known = layout.known | _COMMON_KEYS
         unknown = sorted(k for k in self.public if k not in known and not self._allowed(k))
         if unknown:
@@ -139,10 +139,10 @@ class Facts:
 
     # ---- what they do not show
 
-    def hide(self, field: str, stated: Any, default: Any, name: str | None = None) -> Any:
+    def unshown(self, field: str, stated: Any, default: Any, name: str | None = None) -> Any:
         """A field that weights do not show: the given one, else the stated one (None: not stated), else `default`,
         which `finish` names."""
-        self.hidden.add(field)
+        self._unshown.add(field)
         if field in self.given:
             return self.given[field]
         if stated is not None:
@@ -206,14 +206,14 @@ class Facts:
                     )
                 size = side * patch, side * patch
                 self.assumed.append(f"{field}={shown(size)!r}")
-            self.hidden.add(field)
+            self._unshown.add(field)
         self.check(key, shown(size), same=lambda said: self.size(key) == size)
         return size
 
     def finish(self, fields: Mapping[str, Any]) -> None:
         """Raises what was met; warns of what was assumed where there is no config.json at all."""
         for name, value in self.given.items():
-            if name not in self.hidden and fields[name] != value:
+            if name not in self._unshown and fields[name] != value:
                 raise CheckpointError(f"{name}={value!r} was given, but the weights show {fields[name]!r}")
         if self.problems:
             raise CheckpointError("\n  ".join([*self.problems, "pass allow=['config.NAME'] to let the weights win"]))

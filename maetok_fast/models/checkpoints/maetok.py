@@ -151,11 +151,11 @@ def _detect_maetok(f: Facts) -> dict[str, Any]:
     else:
         axial, wrong = f.flag("use_rope"), f.flag("rope_mixed")
         stated = None if axial is None else "axial" if axial and not wrong else "absolute"
-        position = f.hide("position", stated, "absolute")
+        position = f.unshown("position", stated, "absolute")
     if f.has("encoder.freqs_t_x"):
         base = math.isqrt(f.shape("encoder.freqs_t_x", 1)[0]) * patch
     else:
-        base = f.hide("base_image_size", f.number("base_image_size", integer=True), size[0])
+        base = f.unshown("base_image_size", f.number("base_image_size", integer=True), size[0])
 
     for key, value in (
         ("codebook_embed_dim", latent_dim),
@@ -185,7 +185,7 @@ def _detect_maetok(f: Facts) -> dict[str, Any]:
         "decoder_cls_token": cls,
         "position": position,
         "mask_token": f.has("encoder.mask_token"),
-        **{field: f.hide(field, f.number(key), default) for field, key, default in _HIDDEN},
+        **{field: f.unshown(field, f.number(key), default) for field, key, default in _HIDDEN},
     }
 
 
