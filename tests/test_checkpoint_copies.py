@@ -181,7 +181,7 @@ def test_what_a_file_holds_is_said_where_it_fits_no_layout(pair: tuple[SiT, SiT]
         load({f"diffusion.net.{k}": v for k, v in raw.items()}, tmp_path)
     assert "last.pt: no SiT checkpoint: key 'final_layer.linear.weight' is missing; it holds" in str(caught.value)
     assert f"{len(raw)} keys, all under 'diffusion.net.' (diffusion.net.pos_embed, " in str(caught.value)
-    with pytest.raises(CheckpointError, match=r"1 keys \(steps\); 'vae' with 2 keys \(a\.b, c\); 'opt' with 0 keys$"):
+    with pytest.raises(CheckpointError, match=r"1 key \(steps\); 'vae' with 2 keys \(a\.b, c\); 'opt' with 0 keys$"):
         load({"vae": {"a.b": torch.zeros(1), "c": torch.zeros(1)}, "opt": {}, "steps": 1}, tmp_path)
     # the mark is there, the next key is not
     with pytest.raises(CheckpointError, match=r"key 'x_embedder\.proj\.weight' is missing; it holds \d+ keys \(pos_em"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import pickle
 import pkgutil
 import re
@@ -91,7 +92,7 @@ def test_plain_values_beside_the_weights(tmp_path: Path, zipped: bool, tiny: MAE
         ({"model": {MARK: torch.zeros(1), "x": 3}}, "key 'x' holds a int, expected a tensor"),
         ({"model": {MARK: torch.zeros(1), 3: torch.zeros(1)}}, "key 3 is a int, expected a string"),
         ({"ema": {}}, f"no MAETok checkpoint: key '{MARK}' is missing; it holds 'ema' with 0 keys"),
-        ({"steps": 4}, "it holds 1 keys (steps)"),
+        ({"steps": 4}, "it holds 1 key (steps)"),
         ([torch.zeros(1)], "it holds a list"),
         (torch.zeros(1), "it holds a Tensor"),
         ({"model": {f"module.{MARK}": torch.zeros(1), MARK: torch.zeros(1)}}, "MAETok weights are there twice, as"),
@@ -220,6 +221,27 @@ def test_a_failed_save_leaves_what_was_there(
     new.save_pretrained(tmp_path)
     same(SiT.from_pretrained(tmp_path), new)
     assert sorted(content(tmp_path)) == ["config.json", "model.safetensors"]
+
+
+def test_what_cannot_be_put_back_is_kept(tiny: MAETok, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second rename fails and so does the one that takes the first back: the old weights stay, by another name."""
+    tiny.save_pretrained(tmp_path)
+    old = (tmp_path / "model.safetensors").read_bytes()
+    rename, calls = os.replace, []
+
+    def first_only(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) > 1:
+            raise OSError(5, "Input/output error")
+        rename(*args)
+
+    monkeypatch.setattr("os.replace", first_only)
+    with pytest.raises(CheckpointError, match="Input/output error"):
+        random(MAETok(TINY), 1).save_pretrained(tmp_path)
+    assert len(calls) == 3
+    assert old in content(tmp_path).values()
+    with pytest.raises(CheckpointError, match="of another save"):
+        MAETok.from_pretrained(tmp_path)
 
 
 def test_a_name_that_is_taken_by_a_folder(tiny: MAETok, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ an id for that (`save_id`).
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -197,18 +196,20 @@ def write_together(writers: Mapping[Path, Callable[[Path], None]]) -> None:
             os.replace(temporary[path], path)
     except BaseException:
         for path, old in reversed(replaced.items()):
-            if temporary[path].exists():  # was not renamed
-                continue
-            with contextlib.suppress(OSError):
-                if old is not None:
-                    os.replace(old, path)
-                else:
-                    path.unlink()
+            renamed = not temporary[path].exists()
+            if renamed and old is not None:
+                os.replace(old, path)
+            elif renamed:
+                path.unlink()
+            elif old is not None:
+                old.unlink()
         raise
     finally:
-        for left in (*temporary.values(), *replaced.values()):
-            if left is not None:
-                left.unlink(missing_ok=True)
+        for name in temporary.values():
+            name.unlink(missing_ok=True)
+    for old in replaced.values():
+        if old is not None:
+            old.unlink()
 
 
 def _reserve(path: Path) -> Path:
@@ -237,5 +238,9 @@ def _second_name(path: Path) -> Path | None:
     try:
         os.link(path, name)
     except OSError:  # a file system without hard links
-        shutil.copyfile(path, name)
+        try:
+            shutil.copyfile(path, name)
+        except BaseException:
+            name.unlink(missing_ok=True)
+            raise
     return name

@@ -139,7 +139,7 @@ class Facts:
 
     # ---- what they do not show
 
-    def unshown(self, field: str, stated: Any, default: Any, name: str | None = None) -> Any:
+    def unshown(self, field: str, stated: Any, default: Any) -> Any:
         """A field that weights do not show: the given one, else the stated one (None: not stated), else `default`,
         which `finish` names."""
         self._unshown.add(field)
@@ -147,7 +147,7 @@ class Facts:
             return self.given[field]
         if stated is not None:
             return stated
-        self.assumed.append(f"{name or field}={default!r}")
+        self.assumed.append(f"{field}={default!r}")
         return default
 
     # ---- what config.json says
@@ -242,7 +242,7 @@ def held(content: Any, limit: int = 4) -> str:
         common = common[: common.rfind(".") + 1] if len(keys) > 1 else ""
         under = f", all under {common!r}" if common else ""
         some = ", ".join(keys[:limit]) + (", ..." if len(keys) > limit else "")
-        parts.append(f"{len(keys)} keys{under}" + (f" ({some})" if keys else ""))
+        parts.append(f"{len(keys)} key{'' if len(keys) == 1 else 's'}{under}" + (f" ({some})" if keys else ""))
     for name, value in list(nested.items())[:limit]:
         parts.append(f"{name!r} with {held(value, 3)}")
     if len(nested) > limit:

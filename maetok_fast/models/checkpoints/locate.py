@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 from maetok_fast.models.checkpoints.layout import CheckpointError
 
 __all__ = ["locate"]
+
+log = logging.getLogger("maetok_fast")
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
@@ -55,6 +58,8 @@ def _download(repo_id: str, revision: str | None, token: str | bool | None) -> t
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     silence = _silence(repo_id, revision, token)
+    if silence is not None:
+        log.info("%s: the hub does not answer (%s); its cache is asked", repo_id, silence)
 
     def fetch(name: str) -> Path | None:
         """The file, None if the repository has none of this name. LocalEntryNotFoundError: nobody knows."""
