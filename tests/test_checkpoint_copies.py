@@ -110,7 +110,10 @@ def test_a_file_without_the_wanted_copy_says_so(
     caplog.clear()
     for prefer in ("ema", "model"):  # weights by themselves are what they are
         same(load(raw, tmp_path, prefer=prefer), pair[0])
+        same(load({f"module.{k}": v for k, v in raw.items()}, tmp_path, prefer=prefer), pair[0])
     assert not caplog.records
+    same(load({f"ema_model.{k}": v for k, v in averaged.items()}, tmp_path, prefer="model"), pair[1])
+    assert "took the averaged ones, 'ema_model.*'" in caplog.text
 
 
 def test_two_copies_of_one_kind_are_not_chosen_between(pair: tuple[SiT, SiT], tmp_path: Path) -> None:

@@ -69,7 +69,8 @@ class _Copy:
         return min((_USUAL.index(word) for word in self.words if word in _USUAL), default=len(_USUAL))
 
     def __str__(self) -> str:
-        return repr(".".join(self.names) + (f" / {self.prefix}*" if self.prefix else ""))
+        parts = ".".join(self.names), f"{self.prefix}*" if self.prefix else ""
+        return repr(" / ".join(part for part in parts if part))
 
 
 def pick(content: Any, name: str, mark: str, prefer: str, where: Any) -> dict[str, Tensor]:
@@ -88,7 +89,8 @@ def pick(content: Any, name: str, mark: str, prefer: str, where: Any) -> dict[st
         raise CheckpointError(
             f"{where}: {name} weights are there twice, as {copy} and {pool[1]}; save the ones you mean by themselves"
         )
-    if copy.averaged != wanted and copy.words:
+    # a dictionary of nothing but weights is what it is
+    if copy.averaged != wanted and (copy.names or copy.averaged):
         kinds = ("averaged", "raw") if wanted else ("raw", "averaged")
         log.warning(
             "%s: no %s weights under a usual name ('ema', 'state_dict_ema', 'model', ...); took the %s ones, %s",
