@@ -4,7 +4,7 @@
     tokenizer.py     MAETok, images <-> latent tokens (its blocks: vit.py)
     sit.py           SiT, latents -> velocity
     lightningdit.py  LightningDiT, the same with RMSNorm, SwiGLU and RoPE
-    checkpoints.py   the public checkpoint layout: read, check, write, push (names: layouts.py, layout_*.py)
+    checkpoints/     the public checkpoint layouts: read, check, write, push
     catalog.py       the table behind `create(name)` and `presets()`
 
 Names are resolved on first use (PEP 562), so importing this package costs nothing.

@@ -5,24 +5,46 @@ weights; `presets()` lists them. Sizes: DiT's S, B, L, XL and timm's ViT-S, -B, 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
-
-from torch import nn
+from typing import Any, Literal, overload
 
 from maetok_fast.models.lightningdit import LightningDiT, LightningDiTConfig
 from maetok_fast.models.sit import SiT, SiTConfig
 from maetok_fast.models.tokenizer import MAETok, MAETokConfig
 from maetok_fast.models.vit import ViTSize
 
-__all__ = ["create", "presets"]
+__all__ = ["LightningDiTName", "MAETokName", "SiTName", "create", "presets"]
+
+# the names as types, by which a type checker (and an editor) knows what `create` returns
+# fmt: off
+MAETokName = Literal[
+    "maetok-s-32", "maetok-s-32-512", "maetok-s-32-plain", "maetok-s-64", "maetok-s-64-512", "maetok-s-64-plain",
+    "maetok-s-128", "maetok-s-128-512", "maetok-s-128-plain", "maetok-s-256", "maetok-s-256-512",
+    "maetok-s-256-plain", "maetok-s-0", "maetok-b-32", "maetok-b-32-512", "maetok-b-32-plain", "maetok-b-64",
+    "maetok-b-64-512", "maetok-b-64-plain", "maetok-b-128", "maetok-b-128-512", "maetok-b-128-plain", "maetok-b-256",
+    "maetok-b-256-512", "maetok-b-256-plain", "maetok-b-0", "maetok-l-32", "maetok-l-32-512", "maetok-l-32-plain",
+    "maetok-l-64", "maetok-l-64-512", "maetok-l-64-plain", "maetok-l-128", "maetok-l-128-512", "maetok-l-128-plain",
+    "maetok-l-256", "maetok-l-256-512", "maetok-l-256-plain", "maetok-l-0",
+]
+SiTName = Literal[
+    "sit-s-1", "sit-s-2", "sit-s-2-256", "sit-b-1", "sit-b-2", "sit-b-2-256", "sit-l-1", "sit-l-2", "sit-l-2-256",
+    "sit-xl-1", "sit-xl-2", "sit-xl-2-256",
+]
+LightningDiTName = Literal[
+    "lightningdit-s-1", "lightningdit-s-1d", "lightningdit-b-1", "lightningdit-b-1d", "lightningdit-l-1",
+    "lightningdit-l-1d", "lightningdit-xl-1", "lightningdit-xl-1d",
+]
+# fmt: on
 
 # dim, depth, heads
 _DIT = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16)}
 _VIT = {"s": ViTSize(384, 12, 6), "b": ViTSize(768, 12, 12), "l": ViTSize(1024, 24, 16)}
 
 
-def _table() -> dict[str, tuple[type[nn.Module], Any]]:
-    table: dict[str, tuple[type[nn.Module], Any]] = {}
+_Entry = tuple[type[MAETok], MAETokConfig] | tuple[type[SiT], SiTConfig] | tuple[type[LightningDiT], LightningDiTConfig]
+
+
+def _table() -> dict[str, _Entry]:
+    table: dict[str, _Entry] = {}
     for name, size in _VIT.items():
         for count in (32, 64, 128, 256):
             base = MAETokConfig(num_latent_tokens=count, encoder=size, decoder=size)
@@ -41,7 +63,7 @@ def _table() -> dict[str, tuple[type[nn.Module], Any]]:
     return table
 
 
-def presets() -> dict[str, Any]:
+def presets() -> dict[str, MAETokConfig | SiTConfig | LightningDiTConfig]:
     """Every preset's name and configuration, e.g. `{"maetok-b-128": MAETokConfig(...), ...}`.
 
     maetok-SIZE-L[-512|-plain] (L = 0: image tokens), sit-SIZE-1 (128 x 32 latents), sit-SIZE-2 (64x64x4, patch 2:
@@ -50,7 +72,15 @@ def presets() -> dict[str, Any]:
     return {name: config for name, (_, config) in _table().items()}
 
 
-def create(name: str, **changes: Any) -> Any:
+@overload
+def create(name: MAETokName, **changes: Any) -> MAETok: ...
+@overload
+def create(name: SiTName, **changes: Any) -> SiT: ...
+@overload
+def create(name: LightningDiTName, **changes: Any) -> LightningDiT: ...
+@overload
+def create(name: str, **changes: Any) -> MAETok | SiT | LightningDiT: ...
+def create(name: str, **changes: Any) -> MAETok | SiT | LightningDiT:
     """A model with freshly initialised weights: `create("maetok-b-128", image_size=512)`.
 
     changes: fields of the preset's configuration to replace. ValueError for an unknown name or field.
@@ -58,6 +88,7 @@ def create(name: str, **changes: Any) -> Any:
     table = _table()
     if name not in table:
         raise ValueError(f"models.create: no preset {name!r}; choose one of {', '.join(sorted(table))}")
+    model: Any
     model, config = table[name]
     unknown = sorted(set(changes) - set(config.__dataclass_fields__))
     if unknown:
@@ -65,4 +96,5 @@ def create(name: str, **changes: Any) -> Any:
         raise ValueError(
             f"models.create: {type(config).__name__} has no field {', '.join(unknown)}; its fields: {known}"
         )
-    return model(replace(config, **changes))
+    built: MAETok | SiT | LightningDiT = model(replace(config, **changes))
+    return built

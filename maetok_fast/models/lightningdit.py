@@ -32,6 +32,7 @@ from maetok_fast.layers import (
     axial_frequencies,
     grid_positions,
 )
+from maetok_fast.models.checkpoints.generators import LIGHTNINGDIT
 from maetok_fast.models.sit import DiffusionTransformer, FinalLayer, SiTConfig
 
 __all__ = ["LightningDiT", "LightningDiTConfig"]
@@ -105,6 +106,7 @@ class LightningDiT(DiffusionTransformer):
     """LightningDiT. `LightningDiT.from_pretrained` reads the public training files (`ema` / `model`)."""
 
     config_class = LightningDiTConfig
+    layout = LIGHTNINGDIT
     config: LightningDiTConfig
 
     def __init__(self, config: LightningDiTConfig | None = None) -> None:

@@ -44,6 +44,7 @@ from maetok_fast.layers import (
 )
 from maetok_fast.models._checks import check_dtype, check_integers, check_labels, check_ratio, check_tensor, check_times
 from maetok_fast.models.checkpoints import Pretrained
+from maetok_fast.models.checkpoints.generators import SIT
 
 __all__ = ["Modulations", "SiT", "SiTConfig"]
 
@@ -244,6 +245,7 @@ class SiT(DiffusionTransformer):
     """SiT S/B/L/XL. See the module's drawing; `SiT.from_pretrained` reads MAETok/REPA and official SiT weights."""
 
     config_class = SiTConfig
+    layout = SIT
 
     def __init__(self, config: SiTConfig | None = None) -> None:
         config = SiTConfig() if config is None else config

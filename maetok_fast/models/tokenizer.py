@@ -31,6 +31,7 @@ from maetok_fast.kernels import decoder_tokens, embed_tokens, rope_table
 from maetok_fast.layers import axial_frequencies, grid_positions, mixed_frequencies, unpatchify
 from maetok_fast.models._checks import check_dtype, check_integers, check_tensor, height_width
 from maetok_fast.models.checkpoints import Pretrained
+from maetok_fast.models.checkpoints.maetok import MAETOK
 from maetok_fast.models.vit import ViT, ViTSize
 
 __all__ = ["Decoder", "Encoder", "MAETok", "MAETokConfig"]
@@ -254,6 +255,7 @@ class MAETok(Pretrained, nn.Module):
     """
 
     config_class = MAETokConfig
+    layout = MAETOK
 
     def __init__(self, config: MAETokConfig | None = None) -> None:
         super().__init__()

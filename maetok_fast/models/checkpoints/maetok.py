@@ -8,79 +8,78 @@ decoder's cls token, L and H, sizes, patches and resolution from shapes. Teacher
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from maetok_fast.models.checkpoints import CheckpointError
-from maetok_fast.models.layouts import HUB_KEYS, Facts, Layout, Public, Shapes, grid_or_square, ratio, shown, unseen
-from maetok_fast.models.tokenizer import MAETok, MAETokConfig
+from maetok_fast.models.checkpoints.layout import CheckpointError, Facts, Layout, ratio, shown
 from maetok_fast.models.vit import ViTSize
 
 __all__ = ["MAETOK"]
 
-_MAETOK_KEYS = HUB_KEYS | {
-    "image_size",
-    "base_image_size",
-    "codebook_size",
-    "codebook_embed_dim",
-    "codebook_l2_norm",
-    "codebook_show_usage",
-    "commit_loss_beta",
-    "entropy_loss_ratio",
-    "vq_loss_ratio",
-    "kl_loss_weight",
-    "tau",
-    "num_codebooks",
-    "encoder_ch_mult",
-    "decoder_ch_mult",
-    "z_channels",
-    "dropout_p",
-    "enc_type",
-    "dec_type",
-    "encoder_model",
-    "decoder_model",
-    "num_latent_tokens",
-    "to_pixel",
-    "enc_tuning_method",
-    "dec_tuning_method",
-    "enc_pretrained",
-    "dec_pretrained",
-    "enc_patch_size",
-    "dec_patch_size",
-    "enc_drop_path_rate",
-    "dec_drop_path_rate",
-    "enc_token_drop",
-    "enc_token_drop_max",
-    "enc_cls_token",
-    "dec_cls_token",
-    "use_ape",
-    "use_rope",
-    "rope_mixed",
-    "rope_theta",
-    "repa",
-    "repa_model",
-    "repa_patch_size",
-    "repa_proj_dim",
-    "repa_loss_weight",
-    "repa_align",
-    "vq_mean",
-    "vq_std",
-    "aux_dec_model",
-    "aux_loss_mask",
-    "aux_dec_cls_token",
-    "aux_hog_dec",
-    "aux_dino_dec",
-    "aux_clip_dec",
-    "aux_supcls_dec",
-    "aux_hog_decoder",
-    "aux_dino_decoder",
-    "aux_clip_decoder",
-    "aux_supcls_decoder",
-    "encoder_size",
-    "decoder_size",
-}
-_MAETOK_TOLERATED = (
+_KEYS = frozenset(
+    {
+        "image_size",
+        "base_image_size",
+        "codebook_size",
+        "codebook_embed_dim",
+        "codebook_l2_norm",
+        "codebook_show_usage",
+        "commit_loss_beta",
+        "entropy_loss_ratio",
+        "vq_loss_ratio",
+        "kl_loss_weight",
+        "tau",
+        "num_codebooks",
+        "encoder_ch_mult",
+        "decoder_ch_mult",
+        "z_channels",
+        "dropout_p",
+        "enc_type",
+        "dec_type",
+        "encoder_model",
+        "decoder_model",
+        "num_latent_tokens",
+        "to_pixel",
+        "enc_tuning_method",
+        "dec_tuning_method",
+        "enc_pretrained",
+        "dec_pretrained",
+        "enc_patch_size",
+        "dec_patch_size",
+        "enc_drop_path_rate",
+        "dec_drop_path_rate",
+        "enc_token_drop",
+        "enc_token_drop_max",
+        "enc_cls_token",
+        "dec_cls_token",
+        "use_ape",
+        "use_rope",
+        "rope_mixed",
+        "rope_theta",
+        "repa",
+        "repa_model",
+        "repa_patch_size",
+        "repa_proj_dim",
+        "repa_loss_weight",
+        "repa_align",
+        "vq_mean",
+        "vq_std",
+        "aux_dec_model",
+        "aux_loss_mask",
+        "aux_dec_cls_token",
+        "aux_hog_dec",
+        "aux_dino_dec",
+        "aux_clip_dec",
+        "aux_supcls_dec",
+        "aux_hog_decoder",
+        "aux_dino_decoder",
+        "aux_clip_decoder",
+        "aux_supcls_decoder",
+        "encoder_size",
+        "decoder_size",
+    }
+)
+_TOLERATED = (
     "projection.*",
     "repa_model.*",
     "clip_model.*",
@@ -100,30 +99,40 @@ _MAETOK_TOLERATED = (
     "clip_scale.*",
     "clip_de_scale.*",
 )
+# numbers that no tensor shows: our field, the name in config.json, the public default
+_HIDDEN = (
+    ("rope_theta", "rope_theta", 10.0),
+    ("encoder_drop_path", "enc_drop_path_rate", 0.0),
+    ("decoder_drop_path", "dec_drop_path_rate", 0.0),
+    ("latent_mean", "vq_mean", 0.0),
+    ("latent_std", "vq_std", 1.0),
+)
 # the sizes that the public code accepts, by the word in timm's model names; others go into config.json as numbers
 _VIT_WORDS = {"small": ViTSize(384, 12, 6), "base": ViTSize(768, 12, 12), "large": ViTSize(1024, 24, 16)}
 
 
-def _vit_size(facts: Facts, half: str, given: Any) -> ViTSize:
-    dim = facts.shape(f"{half}.model.pos_embed", 3)[2]
-    hidden = facts.shape(f"{half}.model.blocks.0.mlp.fc1.weight", 2)[0]
-    stated = facts.public.get(f"{half}_size")
-    heads = given.heads if given is not None else stated.get("heads") if isinstance(stated, dict) else None
+def _vit_size(f: Facts, half: str) -> ViTSize:
+    """One ViT. The given or stated size tells the heads (and which of the ratios that make one width)."""
+    dim = f.shape(f"{half}.model.pos_embed", 3)[2]
+    hidden = f.shape(f"{half}.model.blocks.0.mlp.fc1.weight", 2)[0]
+    depth = f.depth(f"{half}.model.blocks")
+    given, stated = f.given.get(half), f.public.get(f"{half}_size")
+    heads: Any = None
+    ratios: list[Any] = []
+    if isinstance(given, ViTSize):
+        heads, ratios = given.heads, [given.mlp_ratio]
+    elif isinstance(stated, dict):
+        heads, ratios = stated.get("heads"), [stated.get("mlp_ratio")]
     if heads is None:
         if dim % 64:
             raise CheckpointError(f"{half}: heads of a {dim}-wide ViT are unknown; pass {half}=ViTSize(...)")
-        heads = facts.assume(f"{half} heads", dim // 64)  # every public ViT has head_dim 64
-    stated_ratio = (
-        given.mlp_ratio if given is not None else stated.get("mlp_ratio") if isinstance(stated, dict) else 4.0
-    )
-    return ViTSize(dim, facts.depth(f"{half}.model.blocks"), int(heads), ratio(dim, hidden, [stated_ratio]))
+        heads = dim // 64  # every public ViT has head_dim 64
+        f.assumed.append(f"{half} heads={heads}")
+    return ViTSize(dim, depth, int(heads), ratio(dim, hidden, ratios))
 
 
-def _detect_maetok(
-    shapes: Shapes, public: Public | None, given: Mapping[str, Any], allow: Iterable[str]
-) -> MAETokConfig:
-    f = Facts(shapes, public, _MAETOK_KEYS, allow, "MAETok")
-    encoder, decoder = (_vit_size(f, half, given.get(half)) for half in ("encoder", "decoder"))
+def _detect_maetok(f: Facts) -> dict[str, Any]:
+    encoder, decoder = (_vit_size(f, half) for half in ("encoder", "decoder"))
     patch = f.shape("encoder.model.patch_embed.proj.weight", 4)[2]
     decoder_patch = f.shape("decoder.model.patch_embed.proj.weight", 4)[2]
     latent_dim = f.shape("post_quant_conv.weight", 2)[1]
@@ -131,24 +140,22 @@ def _detect_maetok(
         raise CheckpointError(
             "quant_conv has twice the latent width: a KL autoencoder (mean and variance), not a MAETok"
         )
-    count = f.shapes["encoder.latent_tokens"][1] if len(f.shapes.get("encoder.latent_tokens", ())) == 3 else 0
-    stated = given.get("image_size", f.size("image_size"))
-    stated = (stated, stated) if isinstance(stated, int) else stated
-    stated_grid = None if stated is None else (stated[0] // patch, stated[1] // patch)
-    grid = grid_or_square(f.shape("encoder.model.pos_embed", 3)[1] - 1, stated_grid, "encoder.model.pos_embed")
-    size = grid[0] * patch, grid[1] * patch
-    movq = "decoder.model.blocks.0.adaLN_modulation.1.weight" in shapes
-    cls = "decoder.model.cls_token" in shapes
-    masked = "encoder.mask_token" in shapes
-    mixed = "encoder.freqs" in shapes
+    count = f.shape("encoder.latent_tokens", 3)[1] if f.has("encoder.latent_tokens") else 0
+    # learned positions, so that their number shows, and not their arrangement
+    size = f.grid("image_size", "image_size", f.shape("encoder.model.pos_embed", 3)[1] - 1, patch, None)
+    movq = f.has("decoder.model.blocks.0.adaLN_modulation.1.weight")
+    cls = f.has("decoder.model.cls_token")
+    mixed = f.has("encoder.freqs")
     if mixed:
         position = "mixed"
     else:
-        axial = f.flag("use_rope", False) and not f.flag("rope_mixed", False)
-        position = given.get("position") or f.assume("position", "axial" if axial else "absolute")
-    base = f.number("base_image_size", size[0], integer=True)
-    if "encoder.freqs_t_x" in shapes:
+        axial, wrong = f.flag("use_rope"), f.flag("rope_mixed")
+        stated = None if axial is None else "axial" if axial and not wrong else "absolute"
+        position = f.unshown("position", stated, "absolute")
+    if f.has("encoder.freqs_t_x"):
         base = math.isqrt(f.shape("encoder.freqs_t_x", 1)[0]) * patch
+    else:
+        base = f.unshown("base_image_size", f.number("base_image_size", integer=True), size[0])
 
     for key, value in (
         ("codebook_embed_dim", latent_dim),
@@ -158,7 +165,6 @@ def _detect_maetok(
         ("dec_cls_token", cls),
     ):
         f.check(key, value)
-    f.check("image_size", shown(size), same=lambda v: f.size("image_size") == size)
     f.check("decoder_model", "movq" if movq else "plain blocks", same=lambda v: ("movq" in str(v)) == movq)
     for key in ("enc_type", "dec_type"):
         f.check(key, "vit")
@@ -166,8 +172,7 @@ def _detect_maetok(
     f.check("use_rope", mixed or position == "axial")
     if mixed:
         f.check("rope_mixed", True)
-    f.finish()
-    fields: dict[str, Any] = {
+    return {
         "image_size": shown(size),
         "base_image_size": base,
         "patch": patch,
@@ -179,18 +184,12 @@ def _detect_maetok(
         "decoder_kind": "movqv2" if movq else "plain",
         "decoder_cls_token": cls,
         "position": position,
-        "rope_theta": float(f.number("rope_theta", 10.0)),
-        "mask_token": masked,
-        "encoder_drop_path": float(f.number("enc_drop_path_rate", 0.0)),
-        "decoder_drop_path": float(f.number("dec_drop_path_rate", 0.0)),
-        "latent_mean": float(f.number("vq_mean", 0.0)),
-        "latent_std": float(f.number("vq_std", 1.0)),
+        "mask_token": f.has("encoder.mask_token"),
+        **{field: f.unshown(field, f.number(key), default) for field, key, default in _HIDDEN},
     }
-    return MAETokConfig(**{**fields, **unseen(given, ("rope_theta", "encoder_drop_path", "decoder_drop_path",
-                                                       "latent_mean", "latent_std"), fields)})  # fmt: skip
 
 
-def _export_maetok(config: MAETokConfig) -> dict[str, Any]:
+def _export_maetok(config: Any) -> dict[str, Any]:
     movq = config.decoder_kind == "movqv2"
     out: dict[str, Any] = {
         "image_size": config.image_size if isinstance(config.image_size, int) else list(config.image_size),
@@ -228,9 +227,11 @@ def _export_maetok(config: MAETokConfig) -> dict[str, Any]:
 
 
 MAETOK = Layout(
-    MAETok,
-    _MAETOK_TOLERATED,
-    ("*.freqs_t_x", "*.freqs_t_y", "decoder.latent_pos_embed"),
+    "MAETok",
+    "quant_conv.weight",
     _detect_maetok,
     _export_maetok,
+    _KEYS,
+    tolerated=_TOLERATED,
+    optional=("*.freqs_t_x", "*.freqs_t_y", "decoder.latent_pos_embed"),
 )
