@@ -64,7 +64,7 @@ def diagnose() -> Report:
             facts["native CUDA"] += f" ({status})"
     report.packages = {name: asdict(probe(name)) for name in PACKAGES}
     report.ops = {
-        name: {device: op.backends(device) for device in ("cpu", "cuda")} for name, op in sorted(kernels.ops().items())
+        name: {device: op.usable(device) for device in ("cpu", "cuda")} for name, op in sorted(kernels.ops().items())
     }
     return report
 

@@ -357,7 +357,7 @@ def test_errors_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"one element, got shape \(2,\)"):
         ema_update(one, one, torch.zeros(2))
     ema_update([], [], 0.5)
-    monkeypatch.setattr(module, "why_no_triton", lambda device: "none here")
+    monkeypatch.setattr(module, "why_missing", lambda name, device: "none here")
     with pytest.raises(BackendError, match="'triton' was forced but cannot run: none here"), backend("triton"):
         ema_update(one, one, 0.5)
     if _native.why_missing() is None:
