@@ -1,3 +1,4 @@
+// Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 // y = norm(h; weight, bias) * (offset + scale) + shift over the last dimension, and its gradients; h is x, or the residual
 // sum x + gate * branch, which is then the first output.
 //

@@ -1,3 +1,4 @@
+// Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 // y = x + gate * branch, and its gradients.
 //
 // x, branch, y (B, N, D); gate (D,) [kind 0, LayerScale], (B, D) [kind 1, adaLN's gate] or (B, N, D) [kind 2].

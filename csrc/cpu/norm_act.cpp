@@ -1,3 +1,4 @@
+// Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 // y = LeakyReLU(a * (x - m) + o) on planes (B, C, H * W), with m, a, o per plane, and its gradients.
 //
 //   norm_act:   statistics of z = x + conv_bias over a unit: the P planes that share mean and variance (batch: the
