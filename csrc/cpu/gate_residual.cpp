@@ -77,7 +77,7 @@ MF_INLINE void backward_rows(const GateArgs& a, int64_t row, const float* gate, 
     }
     if (part != nullptr) {
       vf total = load(part + i, k);
-      for (int j = 0; j < R; ++j) total += d[j] * load(branch + j * D + i, k);
+      for (int j = 0; j < R; ++j) total = fma(d[j], load(branch + j * D + i, k), total);
       store(part + i, total, k);
     }
   });
