@@ -3,8 +3,9 @@
 The native library is one shared object, ``maetok_fast/kernels/_csrc.so``, built against apache-tvm-ffi's headers
 (no torch, no Python ABI), so that one build serves every torch and every Python version.
 
-    csrc/cpu/*.cpp   compiled once per instruction set (kernels) and once plainly (checks and exports)
-    csrc/cuda/*.cu   compiled by nvcc for every architecture of the list, when nvcc is found
+    csrc/cpu/*.cpp       compiled once per instruction set (kernels) and once plainly (checks and exports)
+    csrc/cpu/host/*.cpp  compiled once, plainly: no kernels
+    csrc/cuda/*.cu       compiled by nvcc for every architecture of the list, when nvcc is found
 
 A failure is not the end of the install: the reason is written to ``_csrc.missing.txt`` beside the place of the library,
 ``maetok_fast.kernels._native.why_missing()`` repeats it, and the reference and Triton paths work.
@@ -43,6 +44,9 @@ X86_VARIANTS = {
     "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
     "avx512bf16": ["-march=x86-64-v4", "-mavx512bf16", "-mprefer-vector-width=512"],
 }
+# A product and a sum are rounded apart unless the source says fma(): left to the compiler, one formula in two kernels
+# (fused and not, forward and backward) comes out differently from one instruction set to the next.
+MATH = ["-fno-trapping-math", "-fno-math-errno", "-ffp-contract=off"]
 DEFAULT_CUDA_ARCHS = "8.0 9.0 10.0 12.0+PTX"
 
 
@@ -197,16 +201,16 @@ class BuildNative(build_ext):
             jobs.append([*tool, *extra, "-c", str(source), "-o", output])
             outputs.append(output)
 
-        for source in sorted(CSRC.glob("cpu/*.cpp")):
-            host = ["-DMF_HOST", *includes]
-            if cuda is not None:
-                host += ["-DMF_CUDA", f'-DMF_CUDA_ARCHS="{" ".join(cuda[2])}"']
+        host = ["-DMF_HOST", *includes]
+        if cuda is not None:
+            host += ["-DMF_CUDA", f'-DMF_CUDA_ARCHS="{" ".join(cuda[2])}"']
+        for source in sorted(CSRC.glob("cpu/host/*.cpp")):
             compile_([*cxx, *flags], source, "host", *host)
-            if "MF_HOST_ONLY" in source.read_text():
-                continue
+        for source in sorted(CSRC.glob("cpu/*.cpp")):
+            compile_([*cxx, *flags], source, "host", *host)
             for name, machine in variants.items():
                 # No -ffast-math: NaN and infinity count, and the order of sums is the source's.
-                kernel = [*machine, f"-DMF_VARIANT={name}", f"-I{CSRC}", "-fno-trapping-math", "-fno-math-errno"]
+                kernel = [*machine, f"-DMF_VARIANT={name}", f"-I{CSRC}", *MATH]
                 compile_([*cxx, *flags], source, name, *kernel)
         if cuda is not None:
             nvcc, prefix, architectures = cuda

@@ -1,8 +1,9 @@
+// Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 // The host side of every op: argument checks, dtypes, and the choice of the instruction set. Needs no torch.
 //
 // Each csrc/cpu/<op>.cpp is compiled several times: once per instruction set with MF_VARIANT=<name>, which yields the
 // kernels in namespace mf::<name> (they include cpu/simd.h only), and once with MF_HOST, which yields the checks and
-// exports below. Kernels take plain structs of pointers and sizes, so that nothing of the C++ library is instantiated
+// exports below. What has no kernels lies in csrc/cpu/host/ and is compiled once. Kernels take plain structs of pointers and sizes, so that nothing of the C++ library is instantiated
 // with AVX-512 and then picked by the linker for everybody.
 //
 // Errors become Python ValueError / TypeError naming the argument, what was expected and what came.
@@ -30,49 +31,15 @@ using tvm::ffi::Optional;
 using tvm::ffi::TensorView;
 using MaybeTensor = Optional<TensorView>;
 
-// ---- instruction set, chosen once per process ------------------------------------------------------------------
+// ---- instruction set (cpu/host/processor.cpp) --------------------------------------------------------------------
 
-enum class Variant { generic, v2, avx2, avx512, avx512bf16, none };
+// Each has all of those before it; amx runs avx512bf16's kernels and, where there are such, those on tiles.
+enum class Variant { none, generic, v2, avx2, avx512, avx512bf16, amx };
 
-inline const char* variant_name(Variant v) {
-  switch (v) {
-    case Variant::v2: return "x86-64-v2";
-    case Variant::avx2: return "avx2";
-    case Variant::avx512: return "avx512";
-    case Variant::avx512bf16: return "avx512bf16";
-    case Variant::generic: return "generic";
-    default: return "none";
-  }
-}
+const char* variant_name(Variant v);
+Variant variant();  // the one that calls use: the processor's own, or a lesser one that cpu_limit has set
 
-// MAETOK_FAST_CPU=x86-64-v2|avx2|avx512|avx512bf16 lowers the choice (to test a variant or to rule one out); it never raises it.
-inline Variant variant() {
-  static const Variant chosen = [] {
-#ifdef MF_X86
-    __builtin_cpu_init();
-    Variant best = Variant::none;
-    if (__builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("ssse3") && __builtin_cpu_supports("popcnt"))
-      best = Variant::v2;
-    if (best == Variant::v2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-        __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c"))
-      best = Variant::avx2;
-    if (best == Variant::avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-      best = Variant::avx512;
-    if (best == Variant::avx512 && __builtin_cpu_supports("avx512bf16")) best = Variant::avx512bf16;
-    const char* asked = std::getenv("MAETOK_FAST_CPU");
-    if (asked != nullptr)
-      for (Variant v : {Variant::v2, Variant::avx2, Variant::avx512, Variant::avx512bf16})
-        if (std::string(asked) == variant_name(v) && v < best) best = v;
-    return best;
-#else
-    return Variant::generic;
-#endif
-  }();
-  return chosen;
-}
-
-// MF_CALL(adaln_fwd, args): the kernel of this machine's instruction set.
+// MF_CALL(adaln_fwd, args): the kernel of the instruction set in use.
 #ifdef MF_X86
 #define MF_DECLARE(FN, ARGS)                     \
   namespace mf::v2 { void FN(const ARGS&); }     \
@@ -81,6 +48,7 @@ inline Variant variant() {
   namespace mf::avx512bf16 { void FN(const ARGS&); }
 #define MF_CALL(FN, args)                                                                             \
   switch (::mf::variant()) {                                                                          \
+    case ::mf::Variant::amx:                                                                          \
     case ::mf::Variant::avx512bf16: ::mf::avx512bf16::FN(args); break;                                \
     case ::mf::Variant::avx512: ::mf::avx512::FN(args); break;                                        \
     case ::mf::Variant::avx2: ::mf::avx2::FN(args); break;                                            \

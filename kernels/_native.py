@@ -1,7 +1,8 @@
+# Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 """Finds the native library (csrc/), or says why there is none.
 
-``why_missing()`` is cheap and never raises; ``lib()`` returns the library or raises RuntimeError with that reason and
-the cure. Nothing is loaded on import.
+``why_missing()`` is cheap; ``lib()`` returns the library or raises RuntimeError with that reason and the cure. Both raise
+ValueError where MAETOK_FAST_CPU asks for what cannot be (`_processor`). Nothing is loaded on import.
 
 Every function of the library writes into the tensors it is given and returns nothing. Tensors are contiguous, on the
 CPU, float32, bfloat16 or float16 unless said; sums run in float32, and results do
@@ -78,7 +79,9 @@ not depend on the number of threads. ``T | None`` may be None.
     lpips_bwd(dout, f0, f1, weight, stats, d0|None, d1|None, dweight|None, channels_last)
         f0, f1, d0, d1 (B, C, H, W), channels_last=1: (B, H, W, C), of one dtype; out, dout (B,), weight, dweight (C,),
         stats (B, 4, H*W) fp32
-    cpu_variant() -> "x86-64-v2" | "avx2" | "avx512" | "avx512bf16" | "generic"
+    cpu_best() -> "v2" | "avx2" | "avx512" | "avx512bf16" | "amx" | "generic" | "none": the processor's own level
+    cpu_variant() -> the level in use: that, or the lesser one that cpu_limit(level) has set for all later calls
+    amx_status() -> "" when the processor and the system have AMX tiles, else what is missing
     cuda_archs() -> "8.0 9.0 ...", "" when built without nvcc
     cuda_status() -> "" when the CUDA kernels can run on this machine, else why not (only when built with nvcc)
 
@@ -95,6 +98,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from . import _processor
+
 _HERE = Path(__file__).resolve().parent
 _LIBRARY = _HERE / "_csrc.so"
 _REASON = _HERE / "_csrc.missing.txt"
@@ -105,7 +110,8 @@ _CURE = "install a C++ compiler (Debian: apt-get install g++) and run `pip insta
 
 @functools.cache
 def _load() -> tuple[Any, str | None]:
-    """(library, None) or (None, one sentence on why not)."""
+    """(library, None) or (None, one sentence on why not); ValueError for an impossible MAETOK_FAST_CPU."""
+    _processor.checked(_processor.LEVELS[-1])  # a word that is no level is refused without a library too
     if not _LIBRARY.exists():
         if _REASON.exists():
             return None, f"the native library was not built: {_REASON.read_text().strip()}"
@@ -115,9 +121,14 @@ def _load() -> tuple[Any, str | None]:
     try:
         import tvm_ffi
 
-        return tvm_ffi.load_module(str(_LIBRARY)), None
+        library = tvm_ffi.load_module(str(_LIBRARY))
+        own = str(library.cpu_best())
     except Exception as error:  # a wrong platform, a missing libtvm_ffi: whatever the loader says
         return None, f"the native library {_LIBRARY} does not load: {error}"
+    if own == "none":
+        return None, "the native kernels need an x86-64-v2 processor (SSE4.2)"
+    library.cpu_limit(_processor.checked(own))
+    return library, None
 
 
 def why_missing() -> str | None:
@@ -131,6 +142,29 @@ def lib() -> Any:
     if library is None:
         raise RuntimeError(f"{reason}; {_CURE}")
     return library
+
+
+@functools.cache
+def own_level() -> str:
+    """The processor's own instruction set, one of `_processor.LEVELS` or another word; as torch sees it if no library."""
+    if why_missing() is None:
+        return str(lib().cpu_best())
+    import torch
+
+    has = torch.cpu.get_capabilities().get
+    needs = (
+        ("amx", ("amx_tile", "amx_bf16", "avx512_bf16")),
+        ("avx512bf16", ("avx512_bf16",)),
+        ("avx512", ("avx512_f", "avx512_bw", "avx512_cd", "avx512_dq", "avx512_vl")),
+        ("avx2", ("avx2", "fma3", "f16c", "bmi2")),
+        ("v2", ("sse4_2", "popcnt")),
+    )
+    return next((level for level, features in needs if all(map(has, features))), "generic")
+
+
+def level() -> str:
+    """The instruction set in use: the processor's own or MAETOK_FAST_CPU's; ValueError where that cannot be."""
+    return _processor.checked(own_level())
 
 
 @functools.cache

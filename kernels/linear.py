@@ -111,6 +111,8 @@ class PackedLinear(nn.Module):
         if add is not None and mul is not None:
             raise ValueError("PackedLinear takes add or mul, not both; do one of them outside")
         if self.backend == "dense":
+            if x.device.type == "cpu":
+                x = x.contiguous()  # where bf16 is emulated torch rounds a strided product twice, and copies it anyway
             return _apart(self._plain(F.linear(x, self.weight, self.bias)), add, mul)
         other = add if mul is None else mul
         if other is not None and self.activation == "none":

@@ -78,3 +78,18 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", params=["v2", "avx2", "avx512", "avx512bf16", "amx", "generic"])
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The native kernels of one instruction set after the other, as far as the process may go."""
+    from maetok_fast.kernels import _native, _processor
+
+    if _native.why_missing() is not None:
+        pytest.skip(str(_native.why_missing()))
+    most, levels = _native.level(), _processor.LEVELS
+    if request.param != most and (most not in levels or request.param not in levels[: levels.index(most)]):
+        pytest.skip(f"this process may use {most}")
+    _native.lib().cpu_limit(request.param)
+    yield request.param
+    _native.lib().cpu_limit(most)

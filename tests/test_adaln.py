@@ -87,6 +87,16 @@ def test_mixed_dtypes_are_read_and_written_as_they_are(by: str, name: str, low: 
 @pytest.mark.parametrize("by", BACKENDS)
 def test_the_fused_pair_equals_the_two_ops(by: str, dtype: torch.dtype) -> None:
     """h is rounded before it is normed: not only close but the same."""
+    pair_equals_two_ops(by, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+def test_the_native_pair_equals_the_two_ops_on_every_instruction_set(dtype: torch.dtype, instruction_set: str) -> None:
+    """The compiler contracts x + gate * branch in neither kernel or in both (setup.py: -ffp-contract=off)."""
+    pair_equals_two_ops("native", dtype)
+
+
+def pair_equals_two_ops(by: str, dtype: torch.dtype) -> None:
     x, branch = torch.randn(2, 5, 48, dtype=dtype), torch.randn(2, 5, 48, dtype=dtype)
     gate, shift, scale = torch.randn(3, 2, 48, dtype=dtype)
     with forced(by):

@@ -1,3 +1,4 @@
+# Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 """The native CPU kernels against float64 torch: values, gradients, odd sizes, errors, threads, instruction sets.
 
 The bound is the project's: err(kernel) <= 2 * err(plain torch in the same dtype) + 2 ulp, measured on fresh inputs.
@@ -17,12 +18,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from maetok_fast.kernels import _native
+from maetok_fast.kernels import _native, _processor
 
 pytestmark = pytest.mark.skipif(_native.why_missing() is not None, reason=str(_native.why_missing()))
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-VARIANTS = ("x86-64-v2", "avx2", "avx512", "avx512bf16")
 sizes = st.integers(1, 70)
 
 
@@ -49,6 +49,7 @@ def gradients(f: Callable[..., Tensor], inputs: Sequence[Tensor], dy: Tensor, dt
     return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(y.dtype))]
 
 
+@pytest.mark.usefixtures("instruction_set")
 @settings(max_examples=40, deadline=None, database=None)
 @given(
     B=st.integers(1, 3),
@@ -74,6 +75,7 @@ def test_gate_residual(B: int, N: int, D: int, kind: int, dtype: torch.dtype, se
     check("y dgate dbranch", (y, dgate, dbranch), [plain[i] for i in (0, 2, 3)], [exact[i] for i in (0, 2, 3)])
 
 
+@pytest.mark.usefixtures("instruction_set")
 @settings(max_examples=40, deadline=None, database=None)
 @given(
     B=st.integers(1, 3),
@@ -151,6 +153,7 @@ def rotate_reference(
     return y.to(qkv.dtype) + 0 * (rope.sum() + weights.sum()).to(qkv.dtype)
 
 
+@pytest.mark.usefixtures("instruction_set")
 @settings(max_examples=40, deadline=None, database=None)
 @given(
     B=st.integers(1, 3),
@@ -211,6 +214,7 @@ def test_rope_rotate(
     check("qk dqkv drope dweights", (y, dqkv, drope, dweights), plain, exact)
 
 
+@pytest.mark.usefixtures("instruction_set")
 def test_special_values_survive_the_conversions() -> None:
     values = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan"), 65504.0, 6e-8, 1e-6, 1.0009765625])
     for dtype in DTYPES:
@@ -222,7 +226,7 @@ def test_special_values_survive_the_conversions() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_rounding_is_to_nearest_even(dtype: torch.dtype) -> None:
+def test_rounding_is_to_nearest_even(dtype: torch.dtype, instruction_set: str) -> None:
     """gate * 1 with a float32 gate is stored in the other dtype: random bit patterns, and exact ties."""
     bits = torch.randint(-(2**31), 2**31 - 1, (20000,)).to(torch.int32)
     ties = torch.arange(-3000, 3000, dtype=torch.float32) * 2**-7 * (1 + 2**-9 + 2**-12)
@@ -230,8 +234,8 @@ def test_rounding_is_to_nearest_even(dtype: torch.dtype) -> None:
     one = torch.ones(1, 1, values.numel(), dtype=dtype)
     rounded = poisoned(one)
     _native.lib().gate_residual_bwd(one, values, one, rounded, None, 0)
-    # the bf16 instruction of avx512bf16 turns subnormals (below 2^-126) into zero
-    subnormal = 2**-126 if dtype == torch.bfloat16 and _native.lib().cpu_variant() == "avx512bf16" else 0.0
+    # the bf16 instruction of avx512bf16 (and amx) turns subnormals (below 2^-126) into zero
+    subnormal = 2**-126 if dtype == torch.bfloat16 and instruction_set in ("avx512bf16", "amx") else 0.0
     torch.testing.assert_close(rounded[0, 0], values.to(dtype), rtol=0, atol=subnormal, equal_nan=True)
 
 
@@ -250,6 +254,7 @@ def test_empty_inputs() -> None:
     lib.rope_rotate(qkv, None, *[None] * 5, torch.empty(2, 0, 4, 8), torch.empty(2, 0, 4, 8), 0, 0, 0, 1e-6)
 
 
+@pytest.mark.usefixtures("instruction_set")
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
     lib = _native.lib()
     x, dy, shift, scale = torch.randn(3, 129, 96), torch.randn(3, 129, 96), torch.randn(3, 1, 96), torch.randn(3, 1, 96)
@@ -333,23 +338,6 @@ def run_probe(code: str, **environment: str) -> str:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_one_openmp_runtime_and_no_second_pool() -> None:
     variant, runtimes, new_threads = run_probe(PROBE).split()
-    assert variant in (*VARIANTS, "generic")
+    assert variant in (*_processor.LEVELS, "generic")
     assert runtimes == "1", "the native library brought a second libgomp"
     assert new_threads == "0", "a native kernel started threads of its own beside torch's"
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_every_instruction_set(variant: str) -> None:
-    """The value tests above again in a process that is held to a lower instruction set."""
-    best = _native.lib().cpu_variant()
-    if best not in VARIANTS or VARIANTS.index(variant) >= VARIANTS.index(best):
-        pytest.skip(f"this processor runs {best}: that variant is the one tested above, or too new for it")
-    tests = "test_gate_residual or test_adaln or test_rope_rotate or test_special or test_rounding"
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", tests],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "MAETOK_FAST_CPU": variant},
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]

@@ -1,3 +1,4 @@
+// Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 // The activations of MLPs: act(x + bias) and its gradients, and SwiGLU, silu(a) * b of a packed (a | b).
 //
 //   gelu       v Phi(v) = v (1 + erf(v / sqrt 2)) / 2      d = Phi(v) + v exp(-v^2/2) / sqrt(2 pi)
@@ -50,20 +51,20 @@ template <bool LONG> MF_INLINE vf exp2_of(vf t) {
   vf p;
   if (LONG) {
     p = splat(1.5252734e-5f);
-    p = p * f + splat(1.5403530e-4f);
-    p = p * f + splat(1.3333558e-3f);
-    p = p * f + splat(9.6181291e-3f);
-    p = p * f + splat(5.5504109e-2f);
-    p = p * f + splat(2.4022651e-1f);
-    p = p * f + splat(6.9314718e-1f);
+    p = fma(p, f, splat(1.5403530e-4f));
+    p = fma(p, f, splat(1.3333558e-3f));
+    p = fma(p, f, splat(9.6181291e-3f));
+    p = fma(p, f, splat(5.5504109e-2f));
+    p = fma(p, f, splat(2.4022651e-1f));
+    p = fma(p, f, splat(6.9314718e-1f));
   } else {
     p = splat(1.3333558e-3f);
-    p = p * f + splat(9.6181291e-3f);
-    p = p * f + splat(5.5504109e-2f);
-    p = p * f + splat(2.4022651e-1f);
-    p = p * f + splat(6.9314718e-1f);
+    p = fma(p, f, splat(9.6181291e-3f));
+    p = fma(p, f, splat(5.5504109e-2f));
+    p = fma(p, f, splat(2.4022651e-1f));
+    p = fma(p, f, splat(6.9314718e-1f));
   }
-  p = p * f + splat(1.0f);
+  p = fma(p, f, splat(1.0f));
   const vf scaled = (vf)((vu)p + ((vu)shifted << 23));
   return t < low ? (vf){} : scaled;
 }
@@ -74,7 +75,7 @@ template <bool LONG> MF_INLINE vf exp_minus(vf t) {
   vf c = t > splat(90.0f) ? splat(90.0f) : t;
   c = c < splat(-90.0f) ? splat(-90.0f) : c;
   const vf product = c * splat(-1.44269502f);
-  const vf lost = (c * splat(-1.44269502f) - product) + c * splat(-1.92596303e-8f);
+  const vf lost = fma(c, splat(-1.44269502f), -product) + c * splat(-1.92596303e-8f);
   return exp2_of<true>(product) * (splat(1.0f) + lost * splat(0.69314718f));
 }
 
@@ -92,16 +93,16 @@ template <bool LONG> MF_INLINE Logistic logistic(vf t) {
 MF_INLINE vf erf_of(vf x) {
   const vf one = splat(1.0f), end = splat(3.95f), z = x * x;
   vf p = splat(2.0257564e-6f), q = splat(3.7829151e-5f);
-  p = p * z + splat(2.8466736e-4f);
-  q = q * z + splat(1.1706338e-3f);
-  p = p * z + splat(3.8078928e-3f);
-  q = q * z + splat(1.5054561e-2f);
-  p = p * z + splat(5.2874565e-2f);
-  q = q * z + splat(1.1455759e-1f);
-  p = p * z + splat(1.9154610e-1f);
-  q = q * z + splat(5.0308599e-1f);
-  p = p * z + splat(1.1283791f);
-  q = q * z + one;
+  p = fma(p, z, splat(2.8466736e-4f));
+  q = fma(q, z, splat(1.1706338e-3f));
+  p = fma(p, z, splat(3.8078928e-3f));
+  q = fma(q, z, splat(1.5054561e-2f));
+  p = fma(p, z, splat(5.2874565e-2f));
+  q = fma(q, z, splat(1.1455759e-1f));
+  p = fma(p, z, splat(1.9154610e-1f));
+  q = fma(q, z, splat(5.0308599e-1f));
+  p = fma(p, z, splat(1.1283791f));
+  q = fma(q, z, one);
   const vf inside = x * p / q;
   return x > end ? one : x < -end ? -one : inside;
 }

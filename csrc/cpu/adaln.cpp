@@ -1,3 +1,4 @@
+// Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 // y = norm(h; weight, bias) * (offset + scale) + shift over the last dimension, and its gradients; h is x, or the residual
 // sum x + gate * branch, which is then the first output.
 //
@@ -193,7 +194,7 @@ static void forward(const AdalnArgs& a) {
       with_type(a.y.type, [&](auto t) {
         auto* y = (decltype(t)*)a.y.data + row * a.D;
         each(a.D, [&](int64_t i, auto k) {
-          store(y + i, (load(v + i, k) - centre) * r * load(A + i, k) + load(C + i, k), k);
+          store(y + i, fma((load(v + i, k) - centre) * r, load(A + i, k), load(C + i, k)), k);
         });
       });
     }
@@ -236,13 +237,13 @@ static void backward(const AdalnArgs& a) {
             }
             const vf d = load(dy + i, k), xhat = (load(v + i, k) - centre) * r, g = d * load(A + i, k);
             g0 += g;  // the lanes past the end are zero in d
-            g1 += g * xhat;
+            g1 = fma(g, xhat, g1);
             store(xhats + i, xhat, k);
             store(gs + i, g, k);
             if (sums) {
               const vf md = a.per_sample ? d : d * load(m + i, k);
               store(p0 + i, load(p0 + i, k) + md, k);
-              store(p1 + i, load(p1 + i, k) + md * xhat, k);
+              store(p1 + i, fma(md, xhat, load(p1 + i, k)), k);
             }
           });
           if (a.per_sample || token < 0) return;
@@ -289,7 +290,7 @@ static void backward(const AdalnArgs& a) {
           each(a.D, [&](int64_t i, auto k) {
             const vf d = load(gs + i, k);
             if (dbranch != nullptr) store(dbranch + i, gate != nullptr ? load(gate + i, k) * d : d, k);
-            if (dgate) store(p2 + i, load(p2 + i, k) + d * load(branch + i, k), k);
+            if (dgate) store(p2 + i, fma(d, load(branch + i, k), load(p2 + i, k)), k);
           });
         });
       }

@@ -1,3 +1,4 @@
+// Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 // What the attention kernels share: AMX tiles, their packing, the blocked product, and 2^t.
 //
 // A tile is 16 rows of 64 bytes. One instruction adds to a C tile (16 x 16 fp32) the product of an A tile (16 rows x 32
@@ -12,7 +13,9 @@
 // Rows that do not exist and channels beyond head_dim are packed as zeros.
 #pragma once
 
-#if defined(__x86_64__) && defined(__AVX512BW__) && defined(__linux__) && (__GNUC__ >= 11 || __clang_major__ >= 12)
+#include "cpu/types.h"
+
+#if defined(MF_AMX_COMPILED) && defined(__AVX512BW__)
 #define MF_HAS_AMX 1
 #include <immintrin.h>
 

@@ -1,3 +1,4 @@
+// Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 // attention_bf16: softmax(q k^T / sqrt(D)) v on AMX tiles, for sequences short enough that a row of scores fits in cache.
 //
 //   per (image, head):  K -> channel pairs x keys, V -> key pairs x channels      (packed once, cpu/amx.h)
@@ -7,7 +8,7 @@
 // of N fp32 scores are 49 KB at 385 tokens and 148 KB at 1153, within a core's second-level cache. Scores and sums stay
 // fp32; P and the result are rounded to bf16 once each, as in torch's flash attention. log-sum-exp comes out for the
 // backward (attention_bwd.cpp). A query's result depends on nothing but its own row, whatever the number of threads.
-// Needs AVX-512, AVX512_BF16 and AMX-BF16 and Linux's permission to use the tiles; `attention_bf16_usable` asks for all.
+// Runs where variant() is amx (cpu/host/processor.cpp); `attention_bf16_usable` asks.
 #include <cstdint>
 
 #include "cpu/types.h"
@@ -48,8 +49,6 @@ struct AttentionScratch {
 
 #ifdef MF_HAS_AMX
 #include <omp.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #include <cmath>
 #include <cstring>
@@ -140,23 +139,12 @@ void attention(const AttentionArgs& a) {
   all_heads(a, layout);
 }
 
-bool amx() {
-  __builtin_cpu_init();
-  unsigned a = 7, b = 0, c = 0, d = 0;
-  asm volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
-  unsigned a1 = 7, b1 = 0, c1 = 1, d1 = 0;
-  asm volatile("cpuid" : "+a"(a1), "=b"(b1), "+c"(c1), "=d"(d1));
-  const bool tiles = (d >> 24 & 1) != 0 && (d >> 22 & 1) != 0, bf16 = (a1 >> 5 & 1) != 0;
-  return tiles && bf16 && syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
-}
-
 }  // namespace mf::MF_VARIANT
 
 #else
 
 namespace mf::MF_VARIANT {
 void attention(const AttentionArgs&) {}
-bool amx() { return false; }
 }  // namespace mf::MF_VARIANT
 
 #endif
@@ -168,24 +156,11 @@ bool amx() { return false; }
 #include "cpu/attention.h"
 
 MF_DECLARE(attention, AttentionArgs)
-#ifdef MF_X86
-namespace mf::avx512 { bool amx(); }
-#endif
 
 namespace mf {
-
-bool amx_usable() {
-#ifdef MF_X86
-  static const bool answer = (variant() == Variant::avx512 || variant() == Variant::avx512bf16) && avx512::amx();
-  return answer;
-#else
-  return false;
-#endif
-}
-
 namespace {
 
-int64_t attention_bf16_usable() { return amx_usable() ? 1 : 0; }
+int64_t attention_bf16_usable() { return variant() == Variant::amx ? 1 : 0; }
 
 void attention_bf16(TensorView q, TensorView k, TensorView v, TensorView out, TensorView lse) {
   const AttentionSizes s = check_attention(q, k, v, out, lse);

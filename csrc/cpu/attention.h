@@ -1,3 +1,4 @@
+// Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 // What the host sides of attention.cpp and attention_bwd.cpp check alike.
 #pragma once
 
@@ -6,8 +7,6 @@
 #include "common.h"
 
 namespace mf {
-
-bool amx_usable();
 
 struct AttentionSizes {
   int64_t batch, queries, keys, heads, dim;
@@ -38,7 +37,8 @@ inline AttentionSizes check_attention(const TensorView& q, const TensorView& k, 
     TVM_FFI_THROW(TypeError) << "out must be bfloat16 and lse float32";
   if (s.dim % 2 != 0 || s.keys == 0)
     TVM_FFI_THROW(ValueError) << "head_dim must be even and there must be keys; got " << shape_text(k);
-  if (!amx_usable()) TVM_FFI_THROW(RuntimeError) << "needs AMX-BF16 and AVX512_BF16; ask attention_bf16_usable()";
+  if (variant() != Variant::amx)
+    TVM_FFI_THROW(RuntimeError) << "needs AMX tiles, the instruction set in use is " << variant_name(variant());
   return s;
 }
 

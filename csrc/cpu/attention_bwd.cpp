@@ -1,3 +1,4 @@
+// Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 // attention_bf16_bwd: dq, dk, dv of softmax(q k^T / sqrt(D)) v on AMX tiles, from the log-sum-exp of the forward.
 //
 //   per (image, head):  Q, dO -> channel pairs x queries and query pairs x channels; delta = sum(O dO)   (packed once)

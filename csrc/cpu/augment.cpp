@@ -1,3 +1,4 @@
+// Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 // DiffAugment: colour, translation and cutout of (B, C, H, W) images, and its gradients.
 //
 // Per image: brightness b, saturation s, contrast k; translation (th, tw); a box (top, left, height, width). With mu the

@@ -1,3 +1,4 @@
+// Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 // Blur of every plane by gain * [1, 2, 1]^T [1, 2, 1] / 16 with stride 1 or 2, and the transpose of that map.
 //
 //   down:  y[i, j] = gain sum_kl w_k w_l xp[i s + k, j s + l]      xp: x padded by (pad0, pad1) on both axes, zero or reflect

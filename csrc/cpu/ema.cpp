@@ -1,3 +1,4 @@
+// Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 // ema_update: ema += weight * (param - ema), and cast = param, over many tensors in one call.
 //
 // table (n, 4) int64: the addresses of ema, param, cast (0: none) and the number of elements of each tensor; all

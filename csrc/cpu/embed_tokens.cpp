@@ -1,3 +1,4 @@
+// Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 // out = [cls | image tokens] + pos, then latents + latent_pos; (B, P + N + L, D), and its gradients.
 //
 // An image token is its patch, or mask_token where mask is set or where there are no patches at all.

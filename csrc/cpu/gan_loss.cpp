@@ -1,3 +1,4 @@
+// Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 // The adversarial losses of a discriminator and of a generator: sums over the logits in one pass, gradients in another.
 //
 //   hinge         D: relu(1 - r), relu(1 + f)          G: -f
@@ -45,14 +46,14 @@ MF_INLINE vf exp_minus(vf a) {
   const vf t = a * -1.44269504f;
   const vf cut = t < -126.0f ? splat(-126.0f) : t;
   const vf shifted = cut + 12582912.0f, n = shifted - 12582912.0f;  // rounds to an integer, kept in the low bits
-  vf f = (n * 0.693145752f + a);                                    // Cody and Waite: ln 2 in two parts
-  f = -(f + n * 1.42860677e-6f);
-  vf p = f * (1.0f / 720.0f) + (1.0f / 120.0f);
-  p = p * f + (1.0f / 24.0f);
-  p = p * f + (1.0f / 6.0f);
-  p = p * f + 0.5f;
-  p = p * f + 1.0f;
-  p = p * f + 1.0f;
+  vf f = fma(n, splat(0.693145752f), a);                                   // Cody and Waite: ln 2 in two parts
+  f = -fma(n, splat(1.42860677e-6f), f);
+  vf p = fma(f, splat(1.0f / 720.0f), splat(1.0f / 120.0f));
+  p = fma(p, f, splat(1.0f / 24.0f));
+  p = fma(p, f, splat(1.0f / 6.0f));
+  p = fma(p, f, splat(0.5f));
+  p = fma(p, f, splat(1.0f));
+  p = fma(p, f, splat(1.0f));
   const vf power = (vf)((vu)p + ((vu)shifted << 23));
   return t < -126.0f ? (vf){} : power;
 }
@@ -63,7 +64,7 @@ MF_INLINE vf softplus(vf v, vf& slope) {
   slope = (v < 0.0f ? u : splat(1.0f)) / whole;
   const vf s = u / (2.0f + u), q = s * s;
   vf series = q * (1.0f / 17.0f) + (1.0f / 15.0f);
-  for (int odd = 13; odd >= 1; odd -= 2) series = series * q + 1.0f / (float)odd;
+  for (int odd = 13; odd >= 1; odd -= 2) series = fma(series, q, splat(1.0f / (float)odd));
   return relu(v) + 2.0f * s * series;
 }
 

@@ -1,3 +1,4 @@
+// Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 // y = x + gate * branch, and its gradients.
 //
 // x, branch, y (B, N, D); gate (D,) [kind 0, LayerScale], (B, D) [kind 1, adaLN's gate] or (B, N, D) [kind 2].
@@ -76,7 +77,7 @@ MF_INLINE void backward_rows(const GateArgs& a, int64_t row, const float* gate, 
     }
     if (part != nullptr) {
       vf total = load(part + i, k);
-      for (int j = 0; j < R; ++j) total += d[j] * load(branch + j * D + i, k);
+      for (int j = 0; j < R; ++j) total = fma(d[j], load(branch + j * D + i, k), total);
       store(part + i, total, k);
     }
   });

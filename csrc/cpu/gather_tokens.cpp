@@ -1,3 +1,4 @@
+// Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 // Rows moved by index, and the sum of the rows that no index names.
 //
 //     gather    y[b, k] = x[b, index[b, k]]                         x (B, N, D), index (B, K), y (B, K, D)

@@ -1,3 +1,4 @@
+// Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 // HOG features (kernels/hog.py has the definition): pixels -> (B, tokens, 3 * 9 * (patch / 8)^2), cells of 8 x 8 pixels.
 //
 // One pass. A thread takes cell rows (image, channel, 8 rows) and keeps the 10 pixel rows around one as fp32, reflected at

@@ -1,3 +1,4 @@
+// Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 // The check of integer and boolean tensors on the host: masks, counts, indices.
 #pragma once
 

@@ -1,3 +1,4 @@
+// Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 // The tail of LPIPS (kernels/lpips.py has the formula): two feature maps -> one distance per image, and its gradients.
 //
 // f0, f1 (B, C, S) planar or (B, S, C) channels last, S = H * W pixels. Per pixel, with r = 1 / (norm + eps) (0 for a
@@ -50,15 +51,7 @@ MF_INLINE vf root(vf v) {
 #endif
 
 // x r0 - y r1, both products rounded: a fused multiply-subtract would give equal maps a distance of 1e-16.
-MF_INLINE vf difference(vf x, vf r0, vf y, vf r1) {
-  vf a = x * r0, b = y * r1;
-#if defined(MF_X86)
-  asm("" : "+v"(a), "+v"(b));
-#elif defined(__aarch64__)
-  asm("" : "+w"(a), "+w"(b));
-#endif
-  return a - b;
-}
+MF_INLINE vf difference(vf x, vf r0, vf y, vf r1) { return x * r0 - y * r1; }
 
 // 1 / (norm + eps), and 0 for a norm of 0; NaN stays.
 MF_INLINE vf inverse(vf norm, float eps) {

@@ -1,3 +1,4 @@
+// Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 // y = LeakyReLU(a * (x - m) + o) on planes (B, C, H * W), with m, a, o per plane, and its gradients.
 //
 //   norm_act:   statistics of z = x + conv_bias over a unit: the P planes that share mean and variance (batch: the
@@ -83,11 +84,11 @@ template <class T> static void plane_stats(const T* x, int64_t n, float* mean_m2
     for (; i + 4 * W <= count; i += 4 * W)
       for (int j = 0; j < 4; ++j) {
         const vf d = load(block + i + j * W, Full{}) - centre;
-        q[j] += d * d;
+        q[j] = fma(d, d, q[j]);
       }
     each(count - i, [&](int64_t r, auto k) {
       const vf d = keep(load(block + i + r, k) - centre, k);
-      q[0] += d * d;
+      q[0] = fma(d, d, q[0]);
     });
     const float block_m2 = sum((q[0] + q[1]) + (q[2] + q[3]));
     if (first == 0) {
@@ -127,7 +128,7 @@ template <class T> static void apply(const NormActArgs& s, int64_t plane, Affine
   T* y = (T*)s.out + plane * s.n;
   const vf m = splat(f.m), a = splat(f.a), o = splat(f.o), slope = splat(s.slope);
   each(s.n, [&](int64_t i, auto k) {
-    const vf pre = (load(x + i, k) - m) * a + o;
+    const vf pre = fma(load(x + i, k) - m, a, o);
     store(y + i, pre > 0.0f ? pre : pre * slope, k);
   });
 }
@@ -176,9 +177,9 @@ template <bool MOMENT, bool DX, class T> static void plane_sums(const NormActArg
     vf s0[2] = {}, s1[2] = {}, s2[2] = {};
     const auto step = [&](int64_t i, int j, auto k) {
       const vf d = load(x + i, k) - m, grad = load(dy + i, k);  // past the end grad is zero
-      const vf g = d * a + o > 0.0f ? grad : grad * slope;
+      const vf g = fma(d, a, o) > 0.0f ? grad : grad * slope;  // as forward has it
       s0[j] += g;
-      s1[j] += g * d;
+      s1[j] = fma(g, d, s1[j]);
       if (MOMENT) s2[j] += keep(d, k);
       if (DX) store(dx + i, g * a, k);
     };
@@ -217,8 +218,8 @@ template <class T> static void norm_dx(const NormActArgs& s, int64_t plane) {
   const vf k0 = splat(terms[0]), k1 = splat(terms[1]);
   each(s.n, [&](int64_t i, auto k) {
     const vf d = load(x + i, k) - m, grad = load(dy + i, k);
-    const vf g = d * a + o > 0.0f ? grad : grad * slope;
-    store(dx + i, a * g + k1 * d + k0, k);
+    const vf g = fma(d, a, o) > 0.0f ? grad : grad * slope;  // as forward has it
+    store(dx + i, fma(a, g, fma(k1, d, k0)), k);
   });
 }
 

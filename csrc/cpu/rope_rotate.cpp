@@ -1,3 +1,4 @@
+// Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 // q and k of packed qkv, normalised over the head dimension (optional) and rotated (2-D RoPE, interleaved pairs).
 //
 // qkv (B, N, 3, H, hd). Tokens prefix .. prefix+M-1 are rotated by rows of rope (2, H or 1, R, hd/2) = [cos, sin]: token

@@ -1,3 +1,4 @@
+// Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 // fp32 vectors of the width that this translation unit is compiled for, and loads and stores of fp32, bf16 and fp16
 // through them. bf16 and fp16 stores round to nearest even.
 //
@@ -9,8 +10,10 @@
 #include <omp.h>
 #include <stdint.h>
 #include <string.h>
-#ifdef MF_X86
+#if defined(MF_X86)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "cpu/types.h"
@@ -40,6 +43,21 @@ struct f16 { uint16_t bits; };
 
 MF_INLINE vf splat(float a) { return a - (vf){}; }
 MF_INLINE vu splat_u(uint32_t a) { return a - (vu){}; }
+
+// a * b + c, rounded once; x86-64-v2 has no such instruction and rounds twice. The compiler makes none on its own
+// (setup.py: -ffp-contract=off), so that a formula gives the same bits in every kernel of an instruction set: for
+// polynomials and for the exact remainder of a product.
+MF_INLINE vf fma(vf a, vf b, vf c) {
+#if defined(MF_AVX512)
+  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(MF_AVX2)
+  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
 
 // ---- conversions ---------------------------------------------------------------------------------------------------
 

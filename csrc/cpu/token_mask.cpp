@@ -1,3 +1,4 @@
+// Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 // Token masks from counters: Philox4x32-10 (Salmon et al. 2011), the smallest `count` keys of an image, and the indices
 // of what stays visible. The drawing of the counters is in kernels/token_mask.py; every number here is an integer.
 //

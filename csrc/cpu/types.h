@@ -1,7 +1,13 @@
+// Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 // What kernels and their callers share: element types by number, plain pointers. No functions with code in them.
 #pragma once
 
 #include <stdint.h>
+
+// Compilers and systems for which the kernels on AMX tiles exist (csrc/cpu/amx.h).
+#if defined(__x86_64__) && defined(__linux__) && (__GNUC__ >= 11 || __clang_major__ >= 12)
+#define MF_AMX_COMPILED 1
+#endif
 
 namespace mf {
 

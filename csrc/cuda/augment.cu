@@ -1,3 +1,4 @@
+// Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 // DiffAugment of csrc/cpu/augment.cpp on the device: a pass for the mean where the contrast needs it (its blocks return at
 // once where the contrast is 1), then one thread per pixel that reads all channels once and writes them once. Backward
 // likewise, with the mean of dy and, when asked, the sums for the gradient of the colour numbers.

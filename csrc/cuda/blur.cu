@@ -1,3 +1,4 @@
+// Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 // The blur of csrc/cpu/blur.cpp on the device: down and up are gathers. One thread makes one column of kRows results; it
 // filters each source row once along the row (neighbours come from L1) and keeps the last three of them.
 #include "cuda/device.cuh"

@@ -1,3 +1,4 @@
+// Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 // Helpers of the kernels. Kernels live in the .cu beside their launchers and may use, because the CPU emulation in
 // tests/cuda_emulator knows it:
 //   threadIdx, blockIdx, blockDim, gridDim; __shared__ arrays, MF_SHARED_DYNAMIC; __syncthreads, __syncthreads_{or,and,

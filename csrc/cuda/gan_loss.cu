@@ -1,3 +1,4 @@
+// Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 // The adversarial losses of csrc/cpu/gan_loss.cpp on the device. A PatchGAN has 10^4 logits: one block sums them in one
 // launch, in double (their mean may be close to zero), in one fixed order; the gradients of real and fake are one launch too.
 #include "cuda/device.cuh"

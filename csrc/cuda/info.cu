@@ -1,3 +1,4 @@
+// Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 // Whether the CUDA half of this library can run here.
 #include "cuda/launch.h"
 

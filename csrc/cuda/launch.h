@@ -1,3 +1,4 @@
+// Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 // What every launcher does around a launch. A .cu holds kernels and launchers and exports, per kernel function,
 // `<fn>_cuda`: TVM_FFI_DLL_EXPORT_TYPED_FUNC(blur_fwd_cuda, mf::blur_fwd_cuda), taking TensorViews.
 //

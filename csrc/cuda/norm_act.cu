@@ -1,3 +1,4 @@
+// Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 // y = LeakyReLU(a (x - m) + o) per plane with its gradients, on the device; formulas in csrc/cpu/norm_act.cpp.
 //
 // norm_act forward: moments of every piece of every plane, then a kernel whose blocks each merge their unit's moments (a

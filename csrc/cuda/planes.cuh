@@ -1,3 +1,4 @@
+// Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 // A block's walk over a stretch of a tensor: 16-byte packs between the first and the last aligned address, single
 // elements at the ends.
 #pragma once
