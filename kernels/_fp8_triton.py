@@ -19,16 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._tiles import next_power_of_2, row_options
+from ._tiles import FP8_CHUNKS, FP8_FLAT, FP8_PARTIALS, FP8_TILE, next_power_of_2, row_options
 from ._triton import tl, triton
 
 __all__ = ["MIN_SCALE", "quantize", "quantize_columns", "transpose_pad"]
 
 MIN_SCALE = 2.0**-126  # the smallest normal fp32: its reciprocal is finite
-_FLAT = 2048  # elements a program takes at once where x is flat
-_MAX_PARTIALS = 1024  # partial maxima of a tensor: what every program of the second pass reads again
-_MAX_CHUNKS = 64  # partial maxima of a column
-_TILE = (64, 64)  # rows, columns of a transposed tile
 
 
 # ---- kernels -------------------------------------------------------------------------------------------------------
@@ -166,14 +162,14 @@ def quantize(a: Any, out: Any) -> None:
             a.x, a.factor, out.data, out.scale, TOP=_top(out.data), **row_options(width)
         )
         return
-    blocks = -(-count // _FLAT)
-    steps = -(-blocks // _MAX_PARTIALS)
+    blocks = -(-count // FP8_FLAT)
+    steps = -(-blocks // FP8_PARTIALS)
     partials = -(-blocks // steps)
     partial = a.x.new_empty(partials, dtype=torch.int32)
-    _amax_kernel[(partials,)](a.x, partial, count, steps, BLOCK=_FLAT, num_warps=8)
+    _amax_kernel[(partials,)](a.x, partial, count, steps, BLOCK=FP8_FLAT, num_warps=8)
     _quantize_tensor_kernel[(blocks,)](
         a.x, partial, out.data, out.scale, count, partials,
-        BLOCK=_FLAT, PARTIALS=next_power_of_2(partials), TOP=_top(out.data), num_warps=8,
+        BLOCK=FP8_FLAT, PARTIALS=next_power_of_2(partials), TOP=_top(out.data), num_warps=8,
     )  # fmt: skip
 
 
@@ -181,8 +177,8 @@ def quantize_columns(a: Any, out: Any) -> None:
     """fp8_quantize_columns: out.data and out.scale."""
     rows, width = a.x.shape
     padded = out.data.shape[1]
-    block_m, block_d = _TILE
-    chunk = block_m * -(-rows // (block_m * _MAX_CHUNKS))
+    block_m, block_d = FP8_TILE
+    chunk = block_m * -(-rows // (block_m * FP8_CHUNKS))
     chunks = -(-rows // chunk)
     columns = -(-width // block_d)
     partial = a.x.new_empty((chunks, width), dtype=torch.int32)
@@ -198,7 +194,7 @@ def transpose_pad(a: Any, out: Any) -> None:
     """transpose_pad: out.y."""
     rows, width = a.x.shape
     padded = out.y.shape[1]
-    block_m, block_d = _TILE
+    block_m, block_d = FP8_TILE
     _transpose_pad_kernel[(-(-width // block_d), -(-padded // block_m))](
         a.x, out.y, rows, width, padded, BLOCK_M=block_m, BLOCK_D=block_d, num_warps=4
     )

@@ -5,90 +5,20 @@
 ValueError where MAETOK_FAST_CPU asks for what cannot be (`_processor`). Nothing is loaded on import.
 
 Every function of the library writes into the tensors it is given and returns nothing. Tensors are contiguous, on the
-CPU, float32, bfloat16 or float16 unless said; sums run in float32, and results do
-not depend on the number of threads. ``T | None`` may be None.
+CPU, float32, bfloat16 or float16 unless said; sums run in float32, and results do not depend on the number of threads.
+Its arguments are listed where it is called, in the op's record (`_native_call`), its shapes and types are checked and
+described where it is written, csrc/cpu/<op>.cpp. Beside those of the ops there are
 
-    rope_rotate(qkv, rope|None, q_weight|None, q_bias|None, k_weight|None, k_bias|None, index|None, q_out, k_out,
-                prefix, first_query, norm, eps)
-    rope_rotate_bwd(qkv, rope|None, q_weight|None, q_bias|None, k_weight|None, k_bias|None, index|None, dq, dk, dv,
-                    dqkv, drope|None, dweights|None, prefix, first_query, norm, eps)
-        qkv, dqkv (B, N, 3, H, hd), hd even and <= 512; rope, drope (2, H or 1, R, hd/2) fp32; weights (hd,) fp32;
-        index (B, M) int64 in [0, R): the table row of token prefix + m, None: row m; q_out, dq (B, Nq, H, hd);
-        k_out, dk, dv (B, N, H, hd); dq, dk, dv: any strides, last dimension contiguous, may be views of dqkv;
-        dweights (4, hd) fp32: dq_weight, dq_bias, dk_weight, dk_bias; norm 0 none, 1 rms, 2 layer
-    adaln_fwd(x, shift|None, scale|None, weight|None, bias|None, y, mean_rstd, eps, offset, per_sample, rms)
-    adaln_bwd(dy, x, scale|None, weight|None, bias|None, mean_rstd, dx, dshift|None, dscale|None,
-              dweight|None, dbias|None, offset, per_sample, rms)
-    residual_adaln_fwd(x, branch, gate|None, shift|None, scale|None, weight|None, bias|None, h, y, mean_rstd, eps,
-                       offset, per_sample, rms)
-    residual_adaln_bwd(dh, dy, x, branch, gate|None, scale|None, weight|None, bias|None, mean_rstd, dx, dbranch|None,
-                       dgate|None, dshift|None, dscale|None, dweight|None, dbias|None, offset, per_sample, rms)
-        x, branch, h, y and their gradients (B, N, D), each of its own dtype, but h, dh and dx have x's and dbranch
-        branch's; gate (D,) or (B, D); shift, scale (B, T, D), the last T tokens, or per_sample=1 with T=1: all tokens;
-        weight, bias (D,); these five and their gradients of any of the three dtypes, dweight and dbias fp32;
-        mean_rstd (B*N, 2) fp32; rms 0 LayerNorm, 1 RMSNorm. bias enters the gradient of scale.
-    gate_residual_fwd(x, gate, branch, y, gate_kind)
-    gate_residual_bwd(dy, gate, branch, dbranch|None, dgate|None, gate_kind)
-        gate_kind 0: (D,), 1: (B, D), 2: (B, N, D); x, dy and y of one dtype, gate and branch of their own
-    bias_act_fwd(x, bias|None, y, kind): y may be x
-    bias_act_bwd(dy, x, bias|None, dx, dbias|None, kind)
-        x, y, dy, dx (..., D) of one dtype, bias (D,), dbias (D,) fp32; kind 0 tanh-GELU, 1 SiLU, 2 erf GELU
-    swiglu_fwd(x, y), swiglu_bwd(dy, x, dx): x, dx (..., 2H), y, dy (..., H) of one dtype
-    mask_counts(seed, table, out, base, first_image, per_image): out[b] = base + table entries below the uniform
-    random_mask(seed, count, out, first_image): Philox4x32-10 as in token_mask.py
-    visible_index(mask, out)
-        seed (2,), table (K,) int64; count (B,) int32 or int64; mask (B, N) bool;
-        out (B,) int32, (B, N) bool, (B, K) int64
-    embed_tokens_fwd(patches|None, mask|None, mask_token|None, pos|None, cls|None, latents|None, latent_pos|None, out)
-    embed_tokens_bwd(dy, mask|None, dpatches|None, dmask_token|None, dpos|None, dcls|None, dlatents|None,
-                     dlatent_pos|None, N, P, L, replaced)
-        out, dy (B, P + N + L, D); patches (B, N, D) of the same type, or 16-bit with out fp32; mask (B, N) bool; the
-        others of any of the three types: (D,), (P + N, D), (P, D), (L, D) or (B, L, D), (L, D); no patches: replaced
-    move_rows(x, index, fill|None, y, scatter)
-    fill_sum(dy, index, dfill)
-        y (B, K, D) = rows index (B, K) int64 of x (B, M, D), or scatter: y (B, N, D) = x (B, K, D) in rows index, else
-        fill (D,) or 0; dfill (D,) = sum of the rows of dy (B, N, D) that no index names; indices are checked
-    attention_bf16(q, k, v, out, lse): AMX attention, where attention_bf16_usable() is 1
-    attention_bf16_bwd(q, k, v, out, dout, lse, dq, dk, dv)
-        q, dq, out, dout (B, Nq, H, hd), k, v, dk, dv (B, N, H, hd) bfloat16, heads and channels contiguous, out and
-        dout dense; lse (B, Nq, H) fp32
-    ema_update(table, weight, ema_type, param_type, cast_type)
-        ema += weight * (param - ema), cast = param; table (n, 4) int64: their addresses (cast: 0 for none) and the
-        number of elements; types 0 float32, 1 bfloat16, 2 float16, cast_type -1 for none
-    norm_act_fwd(x, conv_bias|None, weight|None, bias|None, y, mean, var, stats, workspace, groups, eps, slope)
-    norm_act_bwd(dy, x, conv_bias|None, weight|None, bias|None, stats, dx|None, dconv_bias|None, dweight|None,
-                 dbias|None, workspace, groups, slope)
-    affine_act_fwd(x, conv_bias|None, mean|None, var|None, weight|None, bias|None, y, eps, slope)
-    affine_act_bwd(dy, x, conv_bias|None, mean|None, var|None, weight|None, bias|None, dx|None, dconv_bias|None,
-                   dmean|None, dvar|None, dweight|None, dbias|None, workspace, eps, slope)
-        x, y, dy, dx (B, C, H, W); the vectors (C,) fp32; groups 0: batch statistics, C units, else B * groups units;
-        mean, var: a number per unit, stats (units, 2): mean, rstd; workspace: 3 BC ceil(HW / 8192) + 2 units
-    blur_down(x, y, stride, pad0, pad1, reflect, gain), blur_up(y, x, ...): its transpose; x the large side
-    diff_augment_fwd(x, colour|None, shift|None, box|None, y, workspace)
-    diff_augment_bwd(dy, x, colour|None, shift|None, box|None, dx|None, dcolour|None, workspace)
-        colour (B, 3) fp32, shift (B, 2), box (B, 4) int32; workspace as kernels/augment.py counts it
-    discriminator_loss_fwd(real, fake, ema|None, adversarial, lecam, mean_real, mean_fake, slopes, kind)
-    discriminator_loss_bwd(the four gradients, real, fake, ema|None, slopes, dreal|None, dfake|None, dema|None, kind)
-    generator_loss_fwd(fake, loss, kind), generator_loss_bwd(dloss, fake, dfake, kind)
-        losses and means one fp32 number each, slopes and ema two; kind 0 hinge, 1 softplus, 2 linear
-    All of norm_act .. generator_loss exist for GPUs as <fn>_cuda with the same arguments.
-    hog(image, out, patch, eps)
-        image (B, 3, H, W) of any of the three dtypes or uint8, patch % 16 == 0 and dividing H and W;
-        out (B, H / patch * W / patch, 27 (patch / 8)^2) fp32
-    lpips_fwd(f0, f1, weight, out, stats, channels_last, eps)
-    lpips_bwd(dout, f0, f1, weight, stats, d0|None, d1|None, dweight|None, channels_last)
-        f0, f1, d0, d1 (B, C, H, W), channels_last=1: (B, H, W, C), of one dtype; out, dout (B,), weight, dweight (C,),
-        stats (B, 4, H*W) fp32
-    cpu_best() -> "v2" | "avx2" | "avx512" | "avx512bf16" | "amx" | "generic" | "none": the processor's own level
-    cpu_variant() -> the level in use: that, or the lesser one that cpu_limit(level) has set for all later calls
-    amx_status() -> "" when the processor and the system have AMX tiles, else what is missing
-    cuda_archs() -> "8.0 9.0 ...", "" when built without nvcc
-    cuda_status() -> "" when the CUDA kernels can run on this machine, else why not (only when built with nvcc)
+    attention_bf16_usable()    whether the AMX attention runs here
+    cpu_best(), cpu_variant()  the processor's instruction set, and the one in use (`_processor.LEVELS`)
+    cpu_limit(level)           use no kernel above this one
+    cuda_archs()               "8.0 9.0 ...", "" when built without nvcc
+    cuda_status()              "" when the CUDA kernels can run on this machine, else why not (built with nvcc only)
+    emulator_seed(seed)        the order in which emulated threads run; 0: the kind one (emulation only)
 
 `cuda()` is the module with the CUDA C++ functions, which take GPU tensors: this library, or, with the environment's
 MAETOK_FAST_CUDA_EMULATOR naming one, a build of csrc/cuda for the CPU, which takes CPU tensors (the tests do that).
 
-    emulator_seed(seed): the order in which emulated threads run; 0: the kind one (emulation only)
 """
 
 from __future__ import annotations

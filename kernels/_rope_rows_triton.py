@@ -17,13 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._tiles import next_power_of_2
+from ._tiles import ROPE_ROWS, next_power_of_2
 from ._triton import add_up, tl, triton
 
 __all__ = ["RowCall", "strides"]
 
 _NORMS = {"none": 0, "rms": 1, "layer": 2}
-_ROWS = 32  # rows of one program
 
 
 # ---- device helpers ------------------------------------------------------------------------------------------------
@@ -328,14 +327,14 @@ class RowCall:
         return self.qkv if self.rope is None else self.rope
 
     def _grid(self, x: Tensor) -> tuple[int, int, int]:
-        return (-(-x.shape[1] // _ROWS), self.heads, self.batch)
+        return (-(-x.shape[1] // ROPE_ROWS), self.heads, self.batch)
 
     def _sizes(self, at: int) -> tuple[Any, ...]:
         prefix = self.prefix - (self.first if at == 0 else 0)  # in rows of q or k
         return (*self.rope_strides, self.x[at].shape[1], prefix, self.rotated, self.table_rows, self.eps)
 
     def _constants(self) -> dict[str, Any]:
-        constants = {"HEAD_DIM": self.head_dim, "PAD": self.pad, "NORM": self.norm, "BLOCK_N": _ROWS}
+        constants = {"HEAD_DIM": self.head_dim, "PAD": self.pad, "NORM": self.norm, "BLOCK_N": ROPE_ROWS}
         return {**constants, "ROPE": self.rope is not None}
 
     def prepare(self) -> tuple[Tensor, Tensor]:
@@ -382,9 +381,9 @@ class RowCall:
         weights = (self.qw, self.qb, self.kw, self.kb, drope)
         where = (*strides(q), *strides(dq), *strides(dk))
         sizes = (self.first, self.count, self.prefix, self.rotated, self.eps)
-        constants = {"HEAD_DIM": self.head_dim, "PAD": self.pad, "NORM": self.norm, "BLOCK_M": _ROWS}
+        constants = {"HEAD_DIM": self.head_dim, "PAD": self.pad, "NORM": self.norm, "BLOCK_M": ROPE_ROWS}
         if self.index is None:
-            _rope_attention_bwd_drope_kernel[(-(-self.table_rows // _ROWS), self.heads)](
+            _rope_attention_bwd_drope_kernel[(-(-self.table_rows // ROPE_ROWS), self.heads)](
                 q, k, dq, dk, self.rope, *weights, *where, *self.rope_strides, self.batch, *sizes,
                 UNROTATED=unrotated, **constants, num_warps=8 if self.head_dim > 80 else 4,
             )  # fmt: skip

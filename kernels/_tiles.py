@@ -19,16 +19,36 @@ __all__ = [
     "ATTENTION_ORDER",
     "ATTENTION_TILES",
     "ELEMENTWISE",
+    "EMA_BLOCK",
+    "EMA_STEPS",
+    "EMBED_IMAGES",
+    "EMBED_TOKENS",
+    "FP8_CHUNKS",
+    "FP8_FLAT",
+    "FP8_PARTIALS",
+    "FP8_TILE",
+    "GELU_ROWS",
+    "HOG_PIXELS",
+    "LPIPS_BACKWARD",
+    "LPIPS_CHANNELS",
+    "LPIPS_FORWARD",
+    "MAX_GRID",
     "MAX_ROW",
+    "ROPE_ROWS",
     "Tile",
     "arch",
     "attention_order",
     "attention_tile",
     "column_block",
+    "fill_options",
     "head_split",
+    "image_options",
+    "move_options",
     "next_power_of_2",
     "over_grid",
+    "over_image",
     "over_row",
+    "over_side",
     "pretend_arch",
     "row_chunk",
     "row_options",
@@ -160,6 +180,11 @@ def over_row(width: int) -> str | None:
     return f"D = {width}: a program holds one row, at most {MAX_ROW} elements" if width > MAX_ROW else None
 
 
+def over_side(height: int, width: int) -> str | None:
+    """Why csrc/cuda does not index a plane of this size, or None."""
+    return f"a plane of {height} x {width} has a side of 2^27 or more" if max(height, width) >= 1 << 27 else None
+
+
 def row_options(width: int) -> dict[str, int]:
     """Launch options of a kernel in which one program holds one row of `width` elements: D, PAD, num_warps."""
     return {"D": width, "PAD": next_power_of_2(width), "num_warps": row_warps(width)}
@@ -180,6 +205,22 @@ def column_block(width: int) -> int:
     """Columns one program of a row-copying kernel takes at a time: the largest of 256 and 128 that divides the width,
     so that no lane idles at 768 and 1152, else as many as cover it, at most 256."""
     return next((b for b in (256, 128) if width % b == 0), min(256, next_power_of_2(width)))
+
+
+# ---- bias_gelu, rope_attention's row kernels, ema_update, hog, lpips_tail, fp8 --------------------------------------
+
+GELU_ROWS = 32  # rows one program of the backward sums d_bias over
+ROPE_ROWS = 32  # rows of one program
+# One program takes EMA_STEPS blocks: few enough programs (41,000 for SiT-XL) that starting them is nothing beside the
+# 2.5 ms that a GPU needs for 8 GB, and small enough pieces that all multiprocessors end together.
+EMA_BLOCK, EMA_STEPS = 2048, 8
+HOG_PIXELS = 256  # pixels of an image row (times rows of cells where the image is narrower) that a program takes
+LPIPS_FORWARD, LPIPS_BACKWARD = 8192, 4096  # elements of each map that a program holds in registers, 16 a thread
+LPIPS_CHANNELS = 1024
+FP8_FLAT = 2048  # elements a program takes at once where x is flat
+FP8_PARTIALS = 1024  # partial maxima of a tensor: what every program of the second pass reads again
+FP8_CHUNKS = 64  # partial maxima of a column
+FP8_TILE = (64, 64)  # rows, columns of a transposed tile
 
 
 # ---- embed_tokens, decoder_tokens ----------------------------------------------------------------------------------

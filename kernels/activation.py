@@ -23,13 +23,12 @@ from torch import Tensor
 from ._native_call import native
 from ._op import Op
 from ._record import Backend, Sample, drawn
-from ._tiles import ELEMENTWISE
+from ._tiles import ELEMENTWISE, GELU_ROWS
 from ._triton import add_up, tl, triton
 
 __all__ = ["bias_gelu", "bias_gelu_ref", "swiglu", "swiglu_ref"]
 
 _KINDS = {"tanh": 0, "none": 2}  # the native library's numbers
-_ROWS = 32  # rows one program of the backward sums d_bias over
 
 
 # ---- reference -----------------------------------------------------------------------------------------------------
@@ -153,10 +152,10 @@ def _gelu_forward(a, out):
 def _gelu_backward(a, out, g, d):
     width = a.x.shape[-1]
     rows = a.x.numel() // width
-    chunks = -(-rows // _ROWS)
+    chunks = -(-rows // GELU_ROWS)
     sums = None if d.bias is None else a.x.new_empty(chunks, width, dtype=torch.float32)
     _bias_gelu_bwd_kernel[_grid(chunks, width)](
-        g.y, a.x, a.bias, d.x, sums, rows, width, TANH=a.approximate == "tanh", ROWS=_ROWS, **ELEMENTWISE
+        g.y, a.x, a.bias, d.x, sums, rows, width, TANH=a.approximate == "tanh", ROWS=GELU_ROWS, **ELEMENTWISE
     )
     add_up(sums, 0, d.bias)
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from ._native_call import twins
 from ._op import Op
 from ._record import Sample
-from ._tiles import over_grid
+from ._tiles import over_grid, over_side
 
 __all__ = ["diff_augment", "diff_augment_ref", "draw_augmentation"]
 
@@ -132,12 +132,6 @@ def _workspace(a: Any) -> Tensor:
     return a.x.new_empty(batch * count, dtype=torch.float32)
 
 
-def _why_no_cuda(a: Any) -> str | None:
-    if max(a.x.shape[2:]) >= 1 << 27:
-        return f"images of {a.x.shape[2]} x {a.x.shape[3]} have a side of 2^27 or more"
-    return over_grid(batch=a.x.shape[0])
-
-
 def _case(label: str, shape: tuple[int, ...], parts: str, spread: float = 1.0, real: bool = False) -> Sample:
     """parts: the arguments that are given. spread: typical shift and box corner in pixels."""
 
@@ -165,7 +159,7 @@ diff_augment = Op(
     **twins(
         "diff_augment_fwd x colour shift box y workspace",
         "diff_augment_bwd d_y x colour shift box d_x d_colour workspace",
-        why_no_cuda=_why_no_cuda,
+        why_no_cuda=lambda a: over_side(*a.x.shape[2:]) or over_grid(batch=a.x.shape[0]),
         shift=lambda a: _int32(a.shift),
         box=lambda a: _int32(a.box),
         workspace=_workspace,

@@ -30,6 +30,7 @@ from torch import Tensor
 from ._native_call import twins
 from ._op import Op
 from ._record import drawn
+from ._tiles import over_side
 
 __all__ = ["blur_down", "blur_down_ref", "blur_up", "blur_up_ref"]
 
@@ -120,11 +121,6 @@ def _up_check(a: Any) -> None:
         )
 
 
-def _over_side(height: int, width: int) -> str | None:
-    """Why csrc/cuda does not index such a plane, or None."""
-    return f"a plane of {height} x {width} has a side of 2^27 or more" if max(height, width) >= 1 << 27 else None
-
-
 def _down_flops(a: Any) -> int:
     """Rows first, at the full width, then columns."""
     height, width = _small(a.x.shape[2], a.x.shape[3], a.stride, a.pad0, a.pad1)
@@ -154,7 +150,7 @@ blur_down = Op(
     **twins(
         "blur_down x y stride pad0 pad1 reflect gain",
         "blur_up d_y d_x stride pad0 pad1 reflect gain",
-        why_no_cuda=lambda a: _over_side(*a.x.shape[2:]),
+        why_no_cuda=lambda a: over_side(*a.x.shape[2:]),
         reflect=lambda a: a.mode == "reflect",
     ),
     samples=[drawn(label, real, x=shape, **options) for label, real, shape, options in _CASES],
@@ -170,7 +166,7 @@ blur_up = Op(
     **twins(
         "blur_up x y stride pad0 pad1 reflect gain",
         "blur_down d_y d_x stride pad0 pad1 reflect gain",
-        why_no_cuda=lambda a: _over_side(a.height, a.width),
+        why_no_cuda=lambda a: over_side(a.height, a.width),
         reflect=lambda a: a.mode == "reflect",
     ),
     samples=[

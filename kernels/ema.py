@@ -38,15 +38,12 @@ from torch import Tensor
 from . import _native
 from ._dispatch import fall_back, forced_backend, pick, why_missing
 from ._registration import NAMESPACE
+from ._tiles import EMA_BLOCK, EMA_STEPS
 from ._triton import tl, triton
 
 __all__ = ["ema_update", "ema_update_ref"]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as csrc/cpu/types.h numbers them
-# One program takes _STEPS blocks: few enough programs (41,000 for SiT-XL) that starting them is nothing beside the
-# 2.5 ms that a GPU needs for 8 GB, and small enough pieces that all multiprocessors end together.
-_BLOCK = 2048
-_STEPS = 8
 _CACHED = 16  # tables kept
 
 
@@ -200,7 +197,7 @@ def _make_plan(ema: Sequence[Tensor], params: Sequence[Tensor], cast_to: Sequenc
             cast = cast_to[i].data_ptr() if cast_to else 0
             table.append([ema[i].data_ptr(), params[i].data_ptr(), cast, ema[i].numel()])
             if on_device:
-                count = -(-ema[i].numel() // (_BLOCK * _STEPS))
+                count = -(-ema[i].numel() // (EMA_BLOCK * EMA_STEPS))
                 blocks.append(torch.stack((torch.full((count,), n), torch.arange(count)), 1))
         first = members[0]
         device = ema[first].device
@@ -223,7 +220,7 @@ def _triton(group: _Group, weight: float, decay: Tensor | None) -> None:
     with torch.cuda.device_of(group.table):
         _ema_kernel[(group.blocks.shape[0],)](
             group.table, group.blocks, decay, weight, *group.like,
-            BLOCK=_BLOCK, STEPS=_STEPS, ALIGNED=group.aligned, num_warps=8,
+            BLOCK=EMA_BLOCK, STEPS=EMA_STEPS, ALIGNED=group.aligned, num_warps=8,
         )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ from torch import Tensor
 from ._native_call import native
 from ._op import Op
 from ._record import Backend, Sample
-from ._tiles import next_power_of_2, over_grid
+from ._tiles import HOG_PIXELS, next_power_of_2, over_grid
 from ._triton import tl, triton
 
 __all__ = ["hog", "hog_ref"]
@@ -40,7 +40,6 @@ __all__ = ["hog", "hog_ref"]
 _BINS = 9
 _EPS = 1e-12
 _NATIVE_CELL = 8
-_PIXELS = 256  # pixels of one image row (times rows of cells where the image is narrower) that a Triton program takes
 
 
 # ---- reference -----------------------------------------------------------------------------------------------------
@@ -193,8 +192,8 @@ def _out(a: Any, backend: str) -> tuple[Tensor, ...]:
 def _launch(a: Any, out: Any) -> None:
     batch, _, height, width = a.image.shape
     patch, cell = a.patch, a.cell
-    cols = max(cell, min(_PIXELS, next_power_of_2(width)))
-    rows = max(1, min(_PIXELS // cols, next_power_of_2(height // cell)))
+    cols = max(cell, min(HOG_PIXELS, next_power_of_2(width)))
+    rows = max(1, min(HOG_PIXELS // cols, next_power_of_2(height // cell)))
     blocks = -(-width // cols) * -(-(height // cell) // rows)
     scale = 1 / sum(math.exp(-2 * ((i - (patch - 1) / 2) / patch) ** 2) for i in range(patch))
     _hog_fwd_kernel[(blocks, 3 * batch)](
@@ -210,8 +209,8 @@ def _why_not_native(a: Any) -> str | None:
 
 
 def _why_not_triton(a: Any) -> str | None:
-    if a.cell & (a.cell - 1) != 0 or a.cell > _PIXELS:
-        return f"cell {a.cell}: the Triton kernel needs a power of two, at most {_PIXELS}"
+    if a.cell & (a.cell - 1) != 0 or a.cell > HOG_PIXELS:
+        return f"cell {a.cell}: the Triton kernel needs a power of two, at most {HOG_PIXELS}"
     return over_grid(**{"plane count": 3 * a.image.shape[0]})
 
 

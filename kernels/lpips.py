@@ -29,14 +29,10 @@ from torch import Tensor
 from ._native_call import native
 from ._op import Op
 from ._record import Backend, Sample
-from ._tiles import next_power_of_2, over_grid
+from ._tiles import LPIPS_BACKWARD, LPIPS_CHANNELS, LPIPS_FORWARD, next_power_of_2, over_grid
 from ._triton import add_up, tl, triton
 
 __all__ = ["lpips_tail", "lpips_tail_ref"]
-
-_FORWARD_TILE = 8192  # elements of each map that a program holds in registers, 16 a thread
-_BACKWARD_TILE = 4096
-_MAX_CHANNELS = 1024
 
 
 # ---- reference -----------------------------------------------------------------------------------------------------
@@ -161,7 +157,7 @@ def _sizes(a: Any) -> tuple[int, int, int]:
 def _forward(a: Any, out: Any) -> None:
     batch, channels, pixels = _sizes(a)
     pad = next_power_of_2(channels)
-    block = max(16, min(_FORWARD_TILE // pad, next_power_of_2(pixels)))
+    block = max(16, min(LPIPS_FORWARD // pad, next_power_of_2(pixels)))
     blocks = -(-pixels // block)
     sums = a.f0.new_empty(batch, blocks, dtype=torch.float32)
     _lpips_fwd_kernel[(blocks, batch)](
@@ -176,7 +172,7 @@ def _backward(a: Any, out: Any, g: Any, d: Any) -> None:
     batch, channels, pixels = _sizes(a)
     # long runs along the dimension that lies dense in memory
     block_c = min(128 if a.channels_last else 8, next_power_of_2(channels))
-    block_p = min(_BACKWARD_TILE // block_c, max(16, next_power_of_2(pixels)))
+    block_p = min(LPIPS_BACKWARD // block_c, max(16, next_power_of_2(pixels)))
     blocks = -(-pixels // block_p)
     sums = None if d.weight is None else a.weight.new_empty(batch, blocks, channels)
     _lpips_bwd_kernel[(blocks, -(-channels // block_c), batch)](
@@ -204,8 +200,8 @@ def _check(a: Any) -> None:
 
 
 def _why_not_triton(a: Any) -> str | None:
-    if a.weight.shape[0] > _MAX_CHANNELS:
-        return f"{a.weight.shape[0]} channels: a program holds all of a pixel's, at most {_MAX_CHANNELS}"
+    if a.weight.shape[0] > LPIPS_CHANNELS:
+        return f"{a.weight.shape[0]} channels: a program holds all of a pixel's, at most {LPIPS_CHANNELS}"
     return over_grid(batch=a.f0.shape[0])
 
 
