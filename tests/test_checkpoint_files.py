@@ -31,6 +31,19 @@ def tiny() -> MAETok:
     return random(MAETok(TINY))
 
 
+class Failing:
+    """Stands for a function that fails at its n-th call."""
+
+    def __init__(self, function: Any, at: int, error: BaseException) -> None:
+        self.function, self.at, self.error, self.calls = function, at, error, 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        if self.calls == self.at:
+            raise self.error
+        return self.function(*args, **kwargs)
+
+
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
@@ -59,6 +72,18 @@ def test_a_refusal_names_what_the_pickle_asks_for(tmp_path: Path, zipped: bool, 
         with pytest.raises(CheckpointError, match=rf"a\.pt: .*it asks for the global {asked}\).*refused") as caught:
             MAETok.from_pretrained(file)
         assert str(caught.value).isprintable()  # no terminal codes, one line
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_refusal_for_another_reason_is_one_plain_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.pt").write_bytes(pickle.dumps({"x": 1}, protocol=4))
+    with pytest.raises(CheckpointError, match=r"weights only \(Unsupported operand \d+") as caught:
+        MAETok.from_pretrained(tmp_path / "a.pt")
+    assert str(caught.value).isprintable()
+    told = pickle.UnpicklingError("Weights only load failed, \x1b[1mdo not trust it\x1b[0m.\n\tCheck the documentation")
+    monkeypatch.setattr("torch.load", Failing(None, 1, told))
+    with pytest.raises(CheckpointError, match=r"\(Weights only load failed, do not trust it\.\)"):
+        MAETok.from_pretrained(tmp_path / "a.pt")
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -162,19 +187,6 @@ def test_fuzzed_files_give_one_clear_error(saved: Path, tmp_path: Path, data: st
 
 def content(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir()} if folder.exists() else {}
-
-
-class Failing:
-    """Stands for a function that fails at its n-th call."""
-
-    def __init__(self, function: Any, at: int, error: BaseException) -> None:
-        self.function, self.at, self.error, self.calls = function, at, error, 0
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.calls += 1
-        if self.calls == self.at:
-            raise self.error
-        return self.function(*args, **kwargs)
 
 
 def no_links(*args: Any) -> None:

@@ -96,7 +96,7 @@ def _refusal(error: Exception) -> str:
     asked = re.search(r"GLOBAL ([\w.]+)", text)
     if asked:
         return f"it asks for the global {asked[1]}"
-    inner = re.search(r"WeightsUnpickler error: (.+)", text)
+    inner = re.search(r"WeightsUnpickler error:\s*(.+)", text)
     return inner[1].strip() if inner else next(iter(text.splitlines()), type(error).__name__)
 
 
