@@ -164,9 +164,6 @@ def _adaln_bwd_kernel(
         tl.store(dbias_ptr + program * D + offs_d, sum_bias, mask=mask)
 
 
-# ---- launchers -----------------------------------------------------------------------------------------------------
-
-
 def _flags(a: Any) -> dict[str, Any]:
     like, gate = a.scale if a.scale is not None else a.shift, getattr(a, "gate", None)
     return {

@@ -27,9 +27,6 @@ __all__ = ["MIN_SCALE", "quantize", "quantize_columns", "transpose_pad"]
 MIN_SCALE = 2.0**-126  # the smallest normal fp32: its reciprocal is finite
 
 
-# ---- kernels -------------------------------------------------------------------------------------------------------
-
-
 @triton.jit
 def _magnitude(x):
     """The bits of |x| (fp32): ordered like |x|, NaN last."""
@@ -144,9 +141,6 @@ def _transpose_pad_kernel(x_ptr, y_ptr, M, D, padded, BLOCK_M: tl.constexpr, BLO
     x = tl.load(x_ptr + offs_m[:, None] * D + offs_d[None, :], mask=mask, other=0)
     out = y_ptr + offs_d.to(tl.int64)[:, None] * padded + offs_m[None, :]
     tl.store(out, tl.trans(x), mask=(offs_d < D)[:, None] & (offs_m < padded)[None, :])
-
-
-# ---- launchers -----------------------------------------------------------------------------------------------------
 
 
 def _top(data: Tensor) -> float:

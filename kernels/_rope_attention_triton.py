@@ -233,9 +233,6 @@ def _rope_attention_bwd_dkdv_kernel(
         _store_rows(dv_ptr, dv_tail, offs_n, mask_n, stride_dvn, MAIN, TAIL, HEAD_DIM)
 
 
-# ---- launchers -----------------------------------------------------------------------------------------------------
-
-
 def _sizes(call: RowCall) -> tuple[Any, ...]:
     prefix, scale = call.prefix, call.head_dim**-0.5
     first = 0 if call.rowwise else call.first  # where a query's row lies; it matters to the rotation, then done

@@ -291,9 +291,6 @@ def _rope_attention_bwd_drope_index_kernel(
     tl.store(drope_ptr + where + sines, tl.sum(dsin, 0), mask=mask_j)
 
 
-# ---- launchers -----------------------------------------------------------------------------------------------------
-
-
 def strides(x: Tensor) -> tuple[int, int]:
     """(batch, token) strides of a (B, N, heads, head_dim) view whose heads are contiguous."""
     return x.stride(0), x.stride(1)

@@ -31,9 +31,6 @@ __all__ = ["bias_gelu", "bias_gelu_ref", "swiglu", "swiglu_ref"]
 _KINDS = {"tanh": 0, "none": 2}  # the native library's numbers
 
 
-# ---- reference -----------------------------------------------------------------------------------------------------
-
-
 def bias_gelu_ref(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Tensor:
     """gelu(x + bias).
 
@@ -51,9 +48,6 @@ def swiglu_ref(x: Tensor) -> Tensor:
     """
     a, b = x.chunk(2, dim=-1)
     return F.silu(a) * b
-
-
-# ---- Triton --------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -136,9 +130,6 @@ def _swiglu_bwd_kernel(dy_ptr, x_ptr, dx_ptr, H, BLOCK_D: tl.constexpr):
     tl.store(dx_ptr + row * 2 * H + H + offs_d, (d * a * s).to(dx_ptr.dtype.element_ty), mask=mask)
 
 
-# ---- launchers -----------------------------------------------------------------------------------------------------
-
-
 def _grid(rows: int, width: int) -> tuple[int, int]:
     return rows, -(-width // ELEMENTWISE["BLOCK_D"])
 
@@ -168,9 +159,6 @@ def _swiglu_forward(a, out):
 def _swiglu_backward(a, out, g, d):
     half = g.y.shape[-1]
     _swiglu_bwd_kernel[_grid(g.y.numel() // half, half)](g.y, a.x, d.x, half, **ELEMENTWISE)
-
-
-# ---- records -------------------------------------------------------------------------------------------------------
 
 
 def _gelu_check(a):

@@ -36,13 +36,10 @@ from ._record import TOKEN_SHAPES, Backend, Sample
 from ._tiles import over_grid, over_row
 from .gate_residual import gate_residual_ref
 
-__all__ = ["SHAPES", "adaln", "adaln_ref", "check_norm", "norm_sample", "residual_adaln", "residual_adaln_ref"]
+__all__ = ["adaln", "adaln_ref", "residual_adaln", "residual_adaln_ref"]
 
 _DTYPES = ("", "float32", "bfloat16", "float16")
 SHAPES = {"x": "B N D", "shift": "B D | B T D", "scale": "B D | B T D", "weight": "D", "bias": "D"}
-
-
-# ---- reference -----------------------------------------------------------------------------------------------------
 
 
 def adaln_ref(
@@ -109,9 +106,6 @@ def residual_adaln_ref(
     return h, adaln_ref(h, shift, scale, weight, bias, eps, offset, out_dtype, norm)
 
 
-# ---- checks and samples --------------------------------------------------------------------------------------------
-
-
 def check_norm(op: str, a: Any) -> None:
     """What the shapes alone do not say of the arguments that adaln, residual_adaln and adaln_quantize share."""
     if getattr(a, "out_dtype", "") not in _DTYPES:
@@ -155,9 +149,6 @@ def norm_sample(
         return args | {"offset": offset} | ({} if norm == "layer" else {"norm": norm})
 
     return Sample(label, make, real)
-
-
-# ---- records (Triton: _adaln_triton.py) ----------------------------------------------------------------------------
 
 
 def _out(a, backend):

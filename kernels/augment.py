@@ -32,9 +32,6 @@ __all__ = ["diff_augment", "diff_augment_ref", "draw_augmentation"]
 _INTEGERS = (torch.int32, torch.int64)
 
 
-# ---- reference -----------------------------------------------------------------------------------------------------
-
-
 def diff_augment_ref(
     x: Tensor, colour: Tensor | None = None, shift: Tensor | None = None, box: Tensor | None = None
 ) -> Tensor:

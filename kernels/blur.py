@@ -35,9 +35,6 @@ from ._tiles import over_side
 __all__ = ["blur_down", "blur_down_ref", "blur_up", "blur_up_ref"]
 
 
-# ---- reference -----------------------------------------------------------------------------------------------------
-
-
 def blur_down_ref(
     x: Tensor, stride: int = 2, pad0: int = 1, pad1: int = 1, mode: str = "zero", gain: float = 1.0
 ) -> Tensor:

@@ -58,9 +58,6 @@ def _averages(e: Tensor) -> bool:
     return e.is_floating_point() or e.is_complex()
 
 
-# ---- reference -----------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def ema_update_ref(
     ema: Sequence[Tensor], params: Sequence[Tensor], decay: float | Tensor, cast_to: Sequence[Tensor] = ()
@@ -76,9 +73,6 @@ def ema_update_ref(
         e.copy_(torch.lerp(e.to(wide), p.to(wide), weight.to(wide) if isinstance(weight, Tensor) else weight))
     for c, p in zip(cast_to, params):
         c.copy_(p)
-
-
-# ---- Triton --------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -210,9 +204,6 @@ def _make_plan(ema: Sequence[Tensor], params: Sequence[Tensor], cast_to: Sequenc
             )
         )
     return _Plan(tuple(groups), tuple(apart))
-
-
-# ---- launchers -----------------------------------------------------------------------------------------------------
 
 
 def _triton(group: _Group, weight: float, decay: Tensor | None) -> None:

@@ -33,9 +33,6 @@ from ._record import Backend, Sample, drawn
 __all__ = ["decoder_tokens", "decoder_tokens_ref", "embed_tokens", "embed_tokens_ref"]
 
 
-# ---- reference -----------------------------------------------------------------------------------------------------
-
-
 def embed_tokens_ref(
     patches: Tensor,
     mask: Tensor | None = None,
@@ -84,9 +81,6 @@ def _sequence(
     if latents is not None:
         parts.append((latents if latent_pos is None else latents + latent_pos).expand(batch, -1, -1))
     return torch.cat(parts, 1)
-
-
-# ---- records (Triton: _embed_tokens_triton.py) ---------------------------------------------------------------------
 
 
 def _check_tokens(op: str, a: Any, tokens: int) -> None:

@@ -61,9 +61,6 @@ def padded_rows(rows: int) -> int:
     return max(_PAD, -(-rows // _PAD) * _PAD)
 
 
-# ---- references ----------------------------------------------------------------------------------------------------
-
-
 def _scaled(v: Tensor, dims: tuple[int, ...] | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(data, scale); dims None: one scale for all."""
     if v.numel() == 0:
@@ -140,9 +137,6 @@ def adaln_quantize_ref(
     return data, row_scale, torch.stack((mean, (var + eps).rsqrt()), -1)
 
 
-# ---- checks --------------------------------------------------------------------------------------------------------
-
-
 def _check_kind(op: str, kind: str) -> None:
     if kind not in _KINDS:
         raise ValueError(f"{op}: kind must be one of {', '.join(_KINDS)}, got {kind!r}")
@@ -171,9 +165,6 @@ def _why_not_tiles(a):
 def _columns(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Room for x (M, K), transposed and padded."""
     return x.new_empty((x.shape[1], padded_rows(x.shape[0])), dtype=dtype)
-
-
-# ---- samples -------------------------------------------------------------------------------------------------------
 
 
 def _sample(

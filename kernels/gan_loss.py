@@ -36,9 +36,6 @@ _KINDS = {"hinge": 0, "vanilla": 1}  # as the native functions number them
 _GENERATOR_KINDS = {"non_saturating": 1, "hinge": 2}
 
 
-# ---- reference -----------------------------------------------------------------------------------------------------
-
-
 def discriminator_loss_ref(
     real: Tensor, fake: Tensor, ema: Tensor | None = None, kind: str = "hinge"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

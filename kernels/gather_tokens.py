@@ -32,9 +32,6 @@ from ._triton import add_up, tl, triton
 __all__ = ["gather_tokens", "gather_tokens_ref", "scatter_tokens", "scatter_tokens_ref"]
 
 
-# ---- reference -----------------------------------------------------------------------------------------------------
-
-
 def gather_tokens_ref(x: Tensor, index: Tensor) -> Tensor:
     """The tokens x[b, index[b, k]].
 
@@ -55,9 +52,6 @@ def scatter_tokens_ref(x: Tensor, index: Tensor, fill: Tensor | None, tokens: in
     shape = (x.shape[0], tokens, x.shape[2])
     base = x.new_zeros(shape) if fill is None else fill.expand(shape)
     return base.scatter(1, index.unsqueeze(-1).expand(-1, -1, x.shape[2]), x)
-
-
-# ---- Triton --------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -120,9 +114,6 @@ def _fill_sum_kernel(
         tl.store(out_ptr + program * D + offs_d, tl.sum(dy, 0), mask=offs_d < D)
 
 
-# ---- launchers -----------------------------------------------------------------------------------------------------
-
-
 def _move(x: Tensor, index: Tensor, fill: Tensor | None, y: Tensor, scatter: bool) -> None:
     batch, rows, width = y.shape
     options = move_options(width, index.shape[1])
@@ -151,9 +142,6 @@ def _scatter_backward_native(a, out, g, d):
         _native.lib().move_rows(g.y, a.index, None, d.x, 0)
     if d.fill is not None:
         _native.lib().fill_sum(g.y, a.index, d.fill)
-
-
-# ---- records -------------------------------------------------------------------------------------------------------
 
 
 def _gather_check(a):

@@ -42,9 +42,6 @@ _EPS = 1e-12
 _NATIVE_CELL = 8
 
 
-# ---- reference -----------------------------------------------------------------------------------------------------
-
-
 def hog_ref(image: Tensor, patch: int = 16, cell: int = 8) -> Tensor:
     """Histograms of oriented gradients of an image, one row of features per patch; a target, without gradient.
 
@@ -79,9 +76,6 @@ def hog_ref(image: Tensor, patch: int = 16, cell: int = 8) -> Tensor:
     norm = torch.where(norm.isfinite(), norm, math.nan).clamp_min(_EPS)
     tokens = (height // patch) * (width // patch)
     return (sums / norm).permute(0, 3, 5, 1, 2, 4, 6).reshape(batch, tokens, channels * _BINS * side * side)
-
-
-# ---- Triton --------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -178,9 +172,6 @@ def _hog_fwd_kernel(
     tl.store(out + 6 * SIDE * SIDE, tl.div_rn(h6, norm), mask=mask)
     tl.store(out + 7 * SIDE * SIDE, tl.div_rn(h7, norm), mask=mask)
     tl.store(out + 8 * SIDE * SIDE, tl.div_rn(h8, norm), mask=mask)
-
-
-# ---- record --------------------------------------------------------------------------------------------------------
 
 
 def _out(a: Any, backend: str) -> tuple[Tensor, ...]:

@@ -35,9 +35,6 @@ from ._triton import add_up, tl, triton
 __all__ = ["lpips_tail", "lpips_tail_ref"]
 
 
-# ---- reference -----------------------------------------------------------------------------------------------------
-
-
 def lpips_tail_ref(f0: Tensor, f1: Tensor, weight: Tensor, channels_last: bool = False, eps: float = 1e-10) -> Tensor:
     """Mean over pixels of sum_c weight_c (f0_c / (||f0|| + eps) - f1_c / (||f1|| + eps))^2.
 
@@ -57,9 +54,6 @@ def lpips_tail_ref(f0: Tensor, f1: Tensor, weight: Tensor, channels_last: bool =
     shape = [1, 1, 1, 1]
     shape[dim] = weight.shape[0]
     return ((unit(f0) - unit(f1)).square() * weight.view(shape)).sum(dim).mean((1, 2))
-
-
-# ---- Triton --------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -144,9 +138,6 @@ def _lpips_bwd_kernel(
         tl.store(dweight_ptr + row + offs_c, 0.5 * u * tl.sum(d * d, 1), mask=offs_c < C)
 
 
-# ---- launchers -----------------------------------------------------------------------------------------------------
-
-
 def _sizes(a: Any) -> tuple[int, int, int]:
     """(B, C, pixels)."""
     batch, *sizes = a.f0.shape
@@ -181,9 +172,6 @@ def _backward(a: Any, out: Any, g: Any, d: Any) -> None:
         num_warps=max(1, block_c * block_p // 256),
     )  # fmt: skip
     add_up(sums, (0, 1), d.weight)
-
-
-# ---- record --------------------------------------------------------------------------------------------------------
 
 
 def _out(a: Any, backend: str) -> tuple[Tensor, ...]:

@@ -33,9 +33,6 @@ __all__ = ["affine_act", "affine_act_ref", "norm_act", "norm_act_ref"]
 _NORMS = ("batch", "group", "instance")
 
 
-# ---- reference -----------------------------------------------------------------------------------------------------
-
-
 def norm_act_ref(
     x: Tensor,
     conv_bias: Tensor | None = None,

@@ -46,9 +46,6 @@ _NORMS = ("none", "rms", "layer")
 _WIDE_BACKWARD = 512
 
 
-# ---- reference -----------------------------------------------------------------------------------------------------
-
-
 def rope_table(freqs: Tensor, pos: Tensor) -> Tensor:
     """The [cos, sin] table of `rope_attention`.
 
@@ -214,9 +211,6 @@ def _native_backward(a, out, g, d):
     for into, found in zip(weights, () if dweights is None else dweights):
         if into is not None:
             into.copy_(found)
-
-
-# ---- record --------------------------------------------------------------------------------------------------------
 
 
 def _check(a):

@@ -128,9 +128,6 @@ def host_mask_count(
     return base + sum(t < uniform for t in thresholds)
 
 
-# ---- reference -----------------------------------------------------------------------------------------------------
-
-
 def mask_counts_ref(
     seed: Tensor,
     batch: int,
@@ -182,9 +179,6 @@ def visible_index_ref(mask: Tensor, visible: int) -> Tensor:
     return mask.byte().argsort(stable=True, dim=1)[:, :visible]
 
 
-# ---- Triton (kernels: _token_mask_triton.py) -----------------------------------------------------------------------
-
-
 def _base(a):
     return _cached_thresholds(a.tokens, a.low, a.high)[0]
 
@@ -208,9 +202,6 @@ def _mask_forward(a, out):
 def _visible_forward(a, out):
     batch, tokens = a.mask.shape
     _visible_index_kernel[(batch,)](a.mask, out.index, tokens, a.visible, **image_options(tokens))
-
-
-# ---- records -------------------------------------------------------------------------------------------------------
 
 
 def _counts_check(a):
