@@ -20,6 +20,7 @@ The static costs of the GPU kernels are compared too (cost.py), unless --no-stat
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
 import os
@@ -121,9 +122,10 @@ def _sources(root: Path) -> dict[str, bytes]:
 
 
 def pairs(
-    head: dict[str, Any], base: dict[str, Any], device: Any, dtypes: Sequence[str]
+    head: dict[str, Any], base: dict[str, Any], drives: Sequence[Any], device: Any, dtypes: Sequence[str]
 ) -> Iterator[tuple[str, Any, Any]]:
-    """(key, head's call, base's call) of every op that both have, or (key, None, why not)."""
+    """(key, head's call, base's call) of every op that both have, or (key, None, why not). drives: head's and base's
+    module `_drive`."""
     for name, op in sorted(head.items()):
         if name not in base:
             yield name, None, "not in the base"
@@ -134,7 +136,7 @@ def pairs(
             continue
         for dtype in dtypes:
             try:
-                sides = [launchers(o, sample, dtype, device) for o in (op, base[name])]
+                sides = [launchers(o, d, sample, dtype, device) for o, d in zip((op, base[name]), drives)]
             except (
                 Exception
             ) as error:  # a signature that changed, a base that refuses: no comparison, and the gate says so
@@ -165,30 +167,21 @@ def cheapest(op: Any) -> Any:
         )
         return cost.bytes + cost.flops / 20  # bytes and FLOPs of one time on a CPU core, roughly
 
-    return min((sample for sample in op.samples() if sample.real), key=work, default=None)
+    return min((sample for sample in op.samples if sample.real), key=work, default=None)
 
 
-def launchers(op: Any, sample: Any, dtype: str, device: Any) -> dict[str, Callable[[], Any]]:
-    """direction -> call of the launchers that dispatch takes here; {} where it takes the reference."""
-    import torch
-
+def launchers(op: Any, drive: Any, sample: Any, dtype: str, device: Any) -> dict[str, Callable[[], Any]]:
+    """direction -> call of the launchers that dispatch takes here; {} where it takes the reference. drive: the module
+    `_drive` of the op's own library."""
     made = one_image(op, sample, dtype, device)
-    args = op._coerce(op.bind((), made))
-    chosen = op.choose(args)
+    a = op.arguments(**made)
+    chosen = op.choose(**made)
     if chosen == "reference":
         return {}
-    args = tuple(a.contiguous() if isinstance(a, torch.Tensor) else a for a in args)
-    record = next(b for b in op._candidates(torch.device(device).type) if b.name == chosen)
-    calls: dict[str, Callable[[], Any]] = {"forward": lambda: record.forward(*args)}
-    if record.backward is not None:
-        count = getattr(op, "outputs", 1)
-        out = record.forward(*args)
-        saved = list(out) if op.keep_output else list(out[count:])
-        generator = torch.Generator().manual_seed(1)
-        grads = tuple(torch.randn(o.shape, generator=generator).to(o) for o in out[:count])
-        asked = op.asked(args)
-        grad = grads if count > 1 else grads[0]
-        calls["backward"] = lambda: record.backward(grad, saved, args, asked)
+    calls: dict[str, Callable[[], Any]] = {"forward": lambda: drive.launch(op, chosen, a)}
+    if op.backend(chosen).backward is not None:
+        results = drive.launch(op, chosen, a)
+        calls["backward"] = lambda: drive.launch_backward(op, chosen, a, results)
     return calls
 
 
@@ -222,7 +215,7 @@ def one_image(op: Any, sample: Any, dtype: str, device: Any) -> dict[str, Any]:
 
         try:
             made = sample.make(randn)
-            op.check(*op.bind((), made))
+            op.arguments(**made)
         except (ValueError, TypeError, RuntimeError, IndexError):
             if not one:
                 raise
@@ -243,7 +236,8 @@ def worker(args: argparse.Namespace) -> int:
     from maetok_fast.kernels import ops
 
     sys.path.insert(0, str(args.tree))
-    base = __import__(f"{BASE_NAME}.kernels", fromlist=["ops"])
+    base = importlib.import_module(f"{BASE_NAME}.kernels")
+    drives = [importlib.import_module(f"{package}.kernels._drive") for package in ("maetok_fast", BASE_NAME)]
     device = torch.device(args.device)
     torch.set_num_threads(1)
     keep_freed_memory(device)
@@ -251,7 +245,7 @@ def worker(args: argparse.Namespace) -> int:
     wanted = set(json.loads(args.only)) if args.only else None
     seed = int.from_bytes(os.urandom(4), "little")
     with torch.no_grad():
-        for key, head, other in pairs(ops(), base.ops(), device, args.dtype):
+        for key, head, other in pairs(ops(), base.ops(), drives, device, args.dtype):
             if head is None:
                 print(json.dumps({"key": key, "why": other}), flush=True)
                 continue

@@ -173,34 +173,27 @@ def record(
     try:
         with pretend_arch(arch):
             for op, dtype in itertools.product(ops().values(), dtypes):
-                triton_backends = [b for b in op.cuda if b.library == "triton"]
-                samples = [*(s for s in op.samples() if s.real), *extra_samples(op.name)]
-                for backend, sample in itertools.product(triton_backends, samples):
-                    _drive(op, backend, sample, getattr(torch, dtype), current)
+                if "triton" in op.known:
+                    for sample in [*(s for s in op.samples if s.real), *extra_samples(op.name)]:
+                        _run(op, sample, getattr(torch, dtype), current)
     finally:
         JITFunction.run = stock
         attention.attention_tile = _tiles.attention_tile
     return list(seen), counts
 
 
-def _drive(op: Any, backend: Any, sample: Any, dtype: Any, current: list[str]) -> None:
-    """Runs a backend's launchers, forward and backward, on meta tensors."""
-    import torch
+def _run(op: Any, sample: Any, dtype: Any, current: list[str]) -> None:
+    """Runs Triton's launchers, forward and backward, on meta tensors."""
+    from maetok_fast.kernels._drive import launch, launch_backward, make
 
-    def randn(*shape: int, dtype: Any = dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    args = op.bind((), sample.make(randn))
-    if op.unsupported(backend.name, *args) is not None:
+    a = op.arguments(**make(op, sample, dtype, "meta"))
+    if op.unsupported("triton", a) is not None:
         return  # what this architecture lacks (float8 before sm_89) is not compiled for it
     current[:] = [op.name, "forward", f"{sample.label}, {str(dtype)[6:]}"]
-    results = list(backend.forward(*args))
-    if backend.backward is None:
-        return
-    current[1] = "backward"
-    grads = tuple(torch.empty_like(out) for out in results[: op.outputs - op.detached])
-    saved = results if op.keep_output else results[op.outputs :]
-    backend.backward(grads if op.outputs > 1 else grads[0], saved, args, op.asked(args))
+    results = launch(op, "triton", a)
+    if op.backend("triton").backward is not None:
+        current[1] = "backward"
+        launch_backward(op, "triton", a, results)
 
 
 def _launch(fn: Any, bound: dict[str, Any], op: str, direction: str, options: dict[str, int]) -> Launch:

@@ -16,7 +16,6 @@ where a residual input (its gradient is the output's own) is neither read nor wr
 from __future__ import annotations
 
 import contextlib
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maetok_fast.kernels import Op, Sample, backend, ops
+from maetok_fast.kernels._drive import make
 
 from .machine import DTYPES
 
@@ -102,48 +102,35 @@ def all_cases(
     return out
 
 
-def real_samples(op: Op) -> list[Sample]:
-    return [sample for sample in op.samples() if sample.real]
+def real_samples(op: Op[..., Any]) -> list[Sample]:
+    return [sample for sample in op.samples if sample.real]
 
 
-def _record_cases(op: Op, dtypes: Sequence[str], directions: Sequence[str]) -> Iterator[Case]:
+def _record_cases(op: Op[..., Any], dtypes: Sequence[str], directions: Sequence[str]) -> Iterator[Case]:
     for sample in real_samples(op):
         seen = set()
         for dtype in dtypes:
-            shape = tuple(str(v.dtype) for v in _make(op, sample, dtype, "meta").values() if isinstance(v, Tensor))
+            shape = tuple(str(v.dtype) for v in make(op, sample, DTYPES[dtype], "meta").values() if isinstance(v, Tensor))
             if shape in seen:
                 continue
             seen.add(shape)
             for direction in directions:
-                if direction == FORWARD or getattr(op, "differentiable", True):
+                if direction == FORWARD or op.differentiable:
                     yield Case(op.name, sample.label, dtype, direction, _maker(op, sample, dtype, direction))
 
 
-def _make(op: Op, sample: Sample, dtype: str, device: Any) -> dict[str, Any]:
-    """The op's keyword arguments: the same values in every run."""
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{op.name} {sample.label}".encode()))
-    meta = torch.device(device).type == "meta"
-
-    def randn(*shape: int, dtype: torch.dtype = DTYPES[dtype]) -> Tensor:
-        if meta:
-            return torch.empty(shape, dtype=dtype, device="meta")
-        return torch.randn(*shape, generator=generator).to(device, dtype)
-
-    return sample.make(randn)
-
-
-def _maker(op: Op, sample: Sample, dtype: str, direction: str) -> Callable[[torch.device, bool], Work]:
+def _maker(op: Op[..., Any], sample: Sample, dtype: str, direction: str) -> Callable[[torch.device, bool], Work]:
     return lambda device, compile_: record_work(op, sample, dtype, direction, device, compile_)
 
 
-def record_work(op: Op, sample: Sample, dtype: str, direction: str, device: torch.device, compile_: bool) -> Work:
+def record_work(op: Op[..., Any], sample: Sample, dtype: str, direction: str, device: torch.device, compile_: bool) -> Work:
     """The work of one record's sample: each usable backend of the device, the reference, torch.compile of it."""
-    made = _make(op, sample, dtype, device)
+    made = make(op, sample, DTYPES[dtype], device)
     cost = op.cost(**made)
-    args = op._coerce(op.bind((), made))
+    args = tuple(op.arguments(**made))
     reasons = {name: why for name, why in op.reason(*args).items() if why is not None}
     usable = [name for name in op.reason(*args) if name not in reasons]
-    first = op.choose(args)
+    first = op.choose(*args)
     grad = direction == BOTH
     leaves = []
     if grad:
@@ -194,7 +181,7 @@ def _outputs(out: Any) -> tuple[Tensor, ...]:
     return out if isinstance(out, tuple) else (out,)
 
 
-def _backward_bytes(op: Op, args: tuple[Any, ...], gradients: Sequence[Tensor]) -> int:
+def _backward_bytes(op: Op[..., Any], args: tuple[Any, ...], gradients: Sequence[Tensor]) -> int:
     total = sum(g.nbytes for g in gradients)
     for name, value in zip(op.names, args):
         if isinstance(value, Tensor) and name != op.residual:
