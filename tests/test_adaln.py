@@ -185,7 +185,7 @@ def test_errors_say_what_to_do() -> None:
         residual_adaln(x, x, out_dtype="bf16")
     with pytest.raises(ValueError, match=r"residual_adaln: gate must be \(D,\) or \(B, D\) with .*, got \(2, 3, 8\)"):
         residual_adaln(x, x, x)
-    with pytest.raises(ValueError, match=r"residual_adaln: x and branch must have one shape"):
+    with pytest.raises(ValueError, match=r"residual_adaln: branch must be .B, N, D. with B = 2, N = 3, D = 8"):
         residual_adaln(x, x[:, 1:])
     with pytest.raises(ValueError, match=r"bias_gelu: bias must be \(8,\)"):
         bias_gelu(x, torch.zeros(7))
