@@ -91,7 +91,7 @@ def resolve(setting: str | torch.dtype | Precision = AUTO, device: torch.device 
     name = name if isinstance(name, str) else _DTYPES.get(name, "")
     if name not in _NAMES:
         raise ValueError(
-            f"unknown precision {setting!r}: expected one of {AUTO}, {', '.join(_NAMES)}, or torch.float32, "
+            f"unknown precision {setting!r}: expected one of {', '.join(_NAMES)}, {AUTO}, or torch.float32, "
             "torch.bfloat16 or torch.float16"
         )
     if name == "fp16" and device.type != "cuda":
