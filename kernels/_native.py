@@ -146,7 +146,7 @@ def lib() -> Any:
 
 @functools.cache
 def own_level() -> str:
-    """The processor's own instruction set, one of `_processor.LEVELS` or another word; without a library as torch has it."""
+    """The processor's own instruction set, one of `_processor.LEVELS` or another word (torch's without a library)."""
     if why_missing() is None:
         return str(lib().cpu_best())
     import torch
