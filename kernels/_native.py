@@ -1,8 +1,8 @@
 # Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 """Finds the native library (csrc/), or says why there is none.
 
-``why_missing()`` is cheap; ``lib()`` returns the library or raises RuntimeError with that reason and the cure. Both raise
-ValueError where MAETOK_FAST_CPU asks for what cannot be (`_processor`). Nothing is loaded on import.
+``why_missing()`` is cheap; ``lib()`` returns the library or raises RuntimeError with that reason and the cure. Both
+raise ValueError where MAETOK_FAST_CPU asks for what cannot be (`_processor`). Nothing is loaded on import.
 
 Every function of the library writes into the tensors it is given and returns nothing. Tensors are contiguous, on the
 CPU, float32, bfloat16 or float16 unless said; sums run in float32, and results do not depend on the number of threads.
@@ -76,7 +76,7 @@ def lib() -> Any:
 
 @functools.cache
 def own_level() -> str:
-    """The processor's own instruction set, one of `_processor.LEVELS` or another word; as torch sees it if no library."""
+    """The processor's own instruction set, one of `_processor.LEVELS` or another word (torch's without a library)."""
     if why_missing() is None:
         return str(lib().cpu_best())
     import torch

@@ -15,8 +15,8 @@ their own variable is set already:
     MKL_ENABLE_INSTRUCTIONS   MKL: fp32 products. Obeyed on Intel's processors; on others MKL chooses by itself
     ATEN_CPU_CAPABILITY       torch's own loops: attention, elementwise
 
-Set MAETOK_FAST_CPU before the process starts. The three are set when `maetok_fast.kernels` is imported, and each library
-reads its own at its first use: importing torch before is no harm, computing with it before is. Without
+Set MAETOK_FAST_CPU before the process starts. The three are set when `maetok_fast.kernels` is imported, and each
+library reads its own at its first use: importing torch before is no harm, computing with it before is. Without
 MAETOK_FAST_CPU nothing is set and every library takes the best that it finds.
 
 A level that the processor does not have, or a word that is none, is refused by a ValueError at the first use of the
@@ -35,6 +35,14 @@ _LIMITS = {
     "ONEDNN_MAX_CPU_ISA": ("SSE41", "AVX2", "AVX512_CORE", "AVX512_CORE_BF16", None),
     "MKL_ENABLE_INSTRUCTIONS": ("SSE4_2", "AVX2", "AVX512", "AVX512_E3", None),
     "ATEN_CPU_CAPABILITY": ("default", "avx2", "avx512", "avx512", None),
+}
+
+
+_ONEDNN = {
+    "v2": ("SSE41", "AVX"),
+    "avx2": ("AVX2", "AVX2_VNNI", "AVX2_VNNI_2"),
+    "avx512": ("AVX512_CORE", "AVX512_CORE_VNNI"),
+    "avx512bf16": ("AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX10_1_512"),
 }
 
 
@@ -64,20 +72,14 @@ def checked(own: str) -> str:
 
 
 def onednn_level(own: str) -> str:
-    """The level up to which oneDNN may go on a processor whose own is `own`: ONEDNN_MAX_CPU_ISA as oneDNN reads it."""
+    """The level up to which oneDNN may go on a processor whose own is `own`: ONEDNN_MAX_CPU_ISA as oneDNN reads it.
+
+    No variable and a word that oneDNN does not know, which it passes over, are no limit.
+    """
     if own not in LEVELS:
         return own
     name = (os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "").upper()
-    if name in ("SSE41", "AVX"):
-        most = "v2"
-    elif name in ("AVX2", "AVX2_VNNI", "AVX2_VNNI_2"):
-        most = "avx2"
-    elif name in ("AVX512_CORE", "AVX512_CORE_VNNI"):
-        most = "avx512"
-    elif name in ("AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX10_1_512"):
-        most = "avx512bf16"
-    else:  # no limit, one with tiles, or a word that oneDNN does not know and passes over
-        most = "amx"
+    most = next((level for level, names in _ONEDNN.items() if name in names), "amx")
     return LEVELS[min(LEVELS.index(own), LEVELS.index(most))]
 
 

@@ -1,9 +1,9 @@
+# Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 """Optional packages: what they are for, whether they can be used here, and the one sentence when they cannot.
 
-    PACKAGES[name]  ->  probe(name): Status(state, version, reason)     never raises
-                    ->  require(name): the module, or MissingPackage    "lpips is needed for ...: pip install lpips"
+    PACKAGES[name]  ->  probe(name): Status(state, version, reason)     raises nothing but KeyboardInterrupt
 
-Nothing is imported before it is probed or required. A package can be there and of no use: xformers without its compiled
+Nothing is imported before it is probed. A package can be there and of no use: xformers without its compiled
 half, torchvision beside another torch, the web toolkit that PyPI calls apex. Then the state is "unusable" and says why.
 """
 
@@ -19,13 +19,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Literal
 
-__all__ = ["PACKAGES", "MissingPackage", "Package", "Status", "probe", "require"]
+__all__ = ["PACKAGES", "Package", "Status", "probe"]
 
 APEX_SOURCE = "https://github.com/NVIDIA/apex"
-
-
-class MissingPackage(ImportError):
-    """An optional package is needed and missing or unusable."""
 
 
 @dataclass(frozen=True)
@@ -121,28 +117,39 @@ def _spec_origin(module: str) -> str | None:
     """Where a module would come from, without importing it (its parents only); None if it is not there."""
     try:
         spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError):
+    except (ModuleNotFoundError, ValueError):  # ValueError: a module in sys.modules without a spec
         return None
     return None if spec is None else (spec.origin or "")
 
 
 @functools.cache
 def probe(name: str) -> Status:
-    """Whether an optional package can be used here. Imports it, hence takes a while; the answer is kept."""
+    """Whether an optional package can be used here. Imports it, hence takes a while; the answer is kept.
+
+    However the import ends, short of KeyboardInterrupt and of the process itself, the answer is a Status.
+    """
     package = PACKAGES[name]
+    try:
+        return _probe(package)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever a broken package raises: SystemExit, an exception class of its own
+        try:
+            first = (str(error).strip() or "no message").splitlines()[0]
+        except Exception:  # an exception that cannot even be printed
+            first = "no message"
+        return Status("unusable", "", f"importing it fails: {type(error).__name__}: {first}")
+
+
+def _probe(package: Package) -> Status:
     origin = _spec_origin(package.module)
     if origin is None:
-        return Status("missing", "", f"{package.install}")
-    if name == "apex" and not (Path(origin).parent / "optimizers").is_dir():
+        return Status("missing", "", package.install)
+    if package.module == "apex" and not (Path(origin).parent / "optimizers").is_dir():
         reason = f"this is PyPI's apex, an unrelated web toolkit; pip uninstall apex, then {package.install}"
         return Status("unusable", _version(package, None), reason)
-    try:
-        module = importlib.import_module(package.module)
-        problem = package.check(module) if package.check is not None else None
-    except Exception as error:  # whatever a broken binary package raises on import
-        first = (str(error).strip() or "no message").splitlines()[0]
-        reason = f"importing it fails: {type(error).__name__}: {first}"
-        return Status("unusable", _version(package, None), reason)
+    module = importlib.import_module(package.module)
+    problem = package.check(module) if package.check is not None else None
     if problem is None and package.needs_gpu:
         import torch
 
@@ -150,15 +157,3 @@ def probe(name: str) -> Status:
     if problem is not None:
         return Status("unusable", _version(package, module), problem)
     return Status("found", _version(package, module))
-
-
-def require(name: str, purpose: str | None = None) -> ModuleType:
-    """The package `name` (a key of PACKAGES), imported; MissingPackage, one sentence with the cure, if it cannot be."""
-    package = PACKAGES[name]
-    status = probe(name)
-    purpose = purpose or package.purpose
-    if status.state == "missing":
-        raise MissingPackage(f"{name} is needed for {purpose} and is not installed: {package.install}")
-    if status.state == "unusable":
-        raise MissingPackage(f"{name} is needed for {purpose} and cannot be used here: {status.reason}")
-    return importlib.import_module(package.module)

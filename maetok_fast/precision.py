@@ -91,7 +91,7 @@ def resolve(setting: str | torch.dtype | Precision = AUTO, device: torch.device 
     name = name if isinstance(name, str) else _DTYPES.get(name, "")
     if name not in _NAMES:
         raise ValueError(
-            f"unknown precision {setting!r}: expected one of {AUTO}, {', '.join(_NAMES)}, or torch.float32, "
+            f"unknown precision {setting!r}: expected one of {', '.join(_NAMES)}, {AUTO}, or torch.float32, "
             "torch.bfloat16 or torch.float16"
         )
     if name == "fp16" and device.type != "cuda":
@@ -203,8 +203,8 @@ def to_fp8(model: nn.Module, *, scaling: str = "row", min_features: int = 1024, 
 
     A layer stays as it is where FP8 cannot take it (features that are no multiples of 16, a device without float8),
     where it would lose (fewer than `min_features` in or out: the casts cost more than the product saves, see
-    `maetok_fast.kernels.fp8_linear`), where its input has a row per image instead of per token (modulations and
-    embedders), and where it is no plain `nn.Linear`. Optimizers, state dicts and names are untouched. Train and sample
+    `maetok_fast.kernels.fp8_linear`), where its input has a row per image instead of per token (embedders, and
+    modulations whose `per_token` is not set), and where it is no plain `nn.Linear`. Optimizers, state dicts and names are untouched. Train and sample
     under `resolve("bf16").autocast(...)` as before: what stays computes in bf16.
 
     scaling: "row" or "tensor". emulate: exchange on any device, computing the same slowly.
@@ -214,7 +214,8 @@ def to_fp8(model: nn.Module, *, scaling: str = "row", min_features: int = 1024, 
 
     rows, per_image = [], []
     for name, module in list(model.named_modules()):
-        if isinstance(module, (LabelEmbedder, Modulation, TimestepEmbedder)) or name.endswith("adaLN_modulation"):
+        known = isinstance(module, (LabelEmbedder, Modulation, TimestepEmbedder))
+        if (known or name.endswith("adaLN_modulation")) and not getattr(module, "per_token", False):
             per_image.append(name + ".")
         if not isinstance(module, nn.Linear):
             continue

@@ -1,0 +1,41 @@
+# Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
+"""The command `maetok-fast`, one file a command.
+
+A command's module imports what it needs when the command runs, so that `--help` stays fast, and is entered here.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from . import bench, doctor
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="MAETok and its generators, made fast.")
+app.command("doctor")(doctor.doctor)
+app.add_typer(bench.app, name="bench")
+
+
+def _version(value: bool) -> None:
+    if value:
+        import maetok_fast
+
+        typer.echo(f"maetok-fast {maetok_fast.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main(**options: Any) -> None:
+    """Entry point of the `maetok-fast` script."""
+    app(**options)
