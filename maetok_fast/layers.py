@@ -9,18 +9,19 @@
       │  Mlp | SwiGLU     Linear -> bias_gelu | swiglu -> Linear
 
 Parameter names are those of timm and of the public DiT/SiT code (`qkv`, `proj`, `fc1`, `fc2`, `gamma`, `w12`, ...), so
-weights load without renaming. The functions at the end hold the position facts: pixel order, sin/cos tables and RoPE
-frequencies, each with its source.
+weights load without renaming. Where tokens stand is told by `maetok_fast.positions`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from maetok_fast.checks import check_integers, check_number
 from maetok_fast.kernels import adaln, bias_gelu, gate_residual, residual_adaln, rope_attention, swiglu
 
 __all__ = [
@@ -32,17 +33,19 @@ __all__ = [
     "Modulation",
     "PatchEmbed",
     "RMSNorm",
+    "Residual",
     "SwiGLU",
     "TimestepEmbedder",
-    "axial_frequencies",
-    "drop_path",
-    "grid_positions",
-    "mixed_frequencies",
-    "resample_grid",
-    "sincos_1d",
-    "sincos_2d",
     "unpatchify",
 ]
+
+
+def _positive(owner: str, **sizes: int) -> None:
+    """TypeError or ValueError unless each is an integer of at least 1."""
+    check_integers(owner, **sizes)
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{owner}: {name} must be positive, got {size}")
 
 
 def _read_dtype(x: Tensor) -> str:
@@ -121,6 +124,7 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, qk_norm: str = "none") -> None:
         super().__init__()
+        _positive("Attention", dim=dim, num_heads=num_heads)
         if dim % num_heads:
             raise ValueError(f"Attention: dim {dim} is not divisible by num_heads {num_heads}; choose a divisor of dim")
         if qk_norm not in ("none", "layer", "rms"):
@@ -131,9 +135,11 @@ class Attention(nn.Module):
         self.eps = 1e-5 if qk_norm == "layer" else 1e-6
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
+        self.q_norm: nn.LayerNorm | RMSNorm | None
+        self.k_norm: nn.LayerNorm | RMSNorm | None
         if qk_norm == "layer":
-            self.q_norm: nn.Module | None = nn.LayerNorm(self.head_dim, eps=self.eps)
-            self.k_norm: nn.Module | None = nn.LayerNorm(self.head_dim, eps=self.eps)
+            self.q_norm = nn.LayerNorm(self.head_dim, eps=self.eps)
+            self.k_norm = nn.LayerNorm(self.head_dim, eps=self.eps)
         elif qk_norm == "rms":
             self.q_norm = RMSNorm(self.head_dim, self.eps)
             self.k_norm = RMSNorm(self.head_dim, self.eps)
@@ -148,17 +154,35 @@ class Attention(nn.Module):
         prefix: int = 0,
         first_query: int = 0,
         num_queries: int | None = None,
-        index: Tensor | None = None,
+        equal: int | None = None,
     ) -> Tensor:
         """x (B, N, D) -> (B, Nq, D) for the queries first_query .. first_query + num_queries - 1 (all by default).
 
         rope: `rope_table`'s (2, heads or 1, M, head_dim / 2); the tokens prefix .. prefix + M - 1 are rotated.
-        index: (B, M) int64, the table's row of each of them where tokens have been dropped; None: row m.
+        equal: how many equal tokens the one at `prefix` stands for; they are projected once and rotated apart.
         """
-        batch, tokens, _ = x.shape
-        qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, self.head_dim)
+        return self.proj(
+            self.mix(x, rope, prefix=prefix, first_query=first_query, num_queries=num_queries, equal=equal)
+        )
+
+    def mix(
+        self,
+        x: Tensor,
+        rope: Tensor | None = None,
+        *,
+        prefix: int = 0,
+        first_query: int = 0,
+        num_queries: int | None = None,
+        equal: int | None = None,
+    ) -> Tensor:
+        """`forward` without the projection behind the heads: what `Residual` adds through `self.proj`."""
+        qkv = self.qkv(x)
+        if equal is not None:
+            same = qkv[:, prefix : prefix + 1].expand(-1, equal, -1)
+            qkv = torch.cat([qkv[:, :prefix], same, qkv[:, prefix + 1 :]], dim=1)
+        qkv = qkv.view(*qkv.shape[:2], 3, self.num_heads, self.head_dim)
         q, k = self.q_norm, self.k_norm
-        out = rope_attention(
+        return rope_attention(
             qkv,
             rope,
             None if q is None else q.weight,
@@ -170,9 +194,7 @@ class Attention(nn.Module):
             eps=self.eps,
             first_query=first_query,
             num_queries=num_queries,
-            index=index,
         )
-        return self.proj(out)
 
 
 class Mlp(nn.Module):
@@ -180,12 +202,19 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden: int, approximate: str = "none") -> None:
         super().__init__()
+        _positive("Mlp", dim=dim, hidden=hidden)
+        if approximate not in ("none", "tanh"):
+            raise ValueError(f"Mlp: approximate must be 'none' (erf) or 'tanh', got {approximate!r}")
         self.approximate = approximate
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
 
+    def hidden(self, x: Tensor) -> Tensor:
+        """GELU(fc1(x)): `forward` without fc2, which `Residual` takes."""
+        return bias_gelu(self.fc1(x), None, self.approximate)
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(bias_gelu(self.fc1(x), None, self.approximate))
+        return self.fc2(self.hidden(x))
 
 
 class SwiGLU(nn.Module):
@@ -193,6 +222,7 @@ class SwiGLU(nn.Module):
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
+        _positive("SwiGLU", dim=dim, hidden=hidden)
         self.w12 = nn.Linear(dim, 2 * hidden)
         self.w3 = nn.Linear(hidden, dim)
 
@@ -212,21 +242,63 @@ class Modulation(nn.Sequential):
         """The projection alone, for callers that apply SiLU once for many."""
         return cast(nn.Linear, self[1])
 
+    def split(self, c: Tensor, parts: int, used: int) -> Sequence[Tensor]:
+        """The first `used` of `parts` equal parts of the modulation of c (..., dim), each (..., out / parts)."""
+        return self(c).chunk(parts, dim=-1)[:used]
+
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
 
-class LayerScale(nn.Module):
-    """`forward(x, branch) = x + gamma * branch` with a learned gamma (D,) (CaiT; DINOv2 starts at 1e-5), one pass of
-    `gate_residual`; followed by a norm, `norm.after(x, branch, gamma)` is one pass for both."""
+class Residual(nn.Module):
+    """The end of a residual branch: `forward(x, layer, y) = x + layer(y)`, `layer` being the branch's last linear.
 
-    def __init__(self, dim: int, init: float = 1e-5) -> None:
+    The layer is an argument so that whoever prepares a model can add x in its GEMM. rate: of stochastic depth: in
+    training the branch of each sample is zeroed with this probability and the others are divided by 1 - rate, so that
+    the expectation stays (Huang et al. 2016).
+    """
+
+    gamma: Tensor | None = None
+
+    def __init__(self, rate: float = 0.0) -> None:
         super().__init__()
-        self.gamma = nn.Parameter(torch.full((dim,), init))
+        check_number(type(self).__name__, "rate", rate, 0.0, 1.0)
+        self.rate = rate
 
-    def forward(self, x: Tensor, branch: Tensor) -> Tensor:
-        return gate_residual(x, self.gamma, branch)
+    def branch(self, layer: nn.Module, y: Tensor) -> Tensor:
+        """layer(y) (B, N, D), thinned by stochastic depth."""
+        out = layer(y)
+        if not self.training or self.rate == 0.0:
+            return out
+        keep = torch.rand(out.shape[0], 1, 1, device=out.device) >= self.rate
+        return out * (keep / (1.0 - self.rate)).to(out.dtype)
+
+    def forward(self, x: Tensor, layer: nn.Module, y: Tensor) -> Tensor:
+        """x (B, N, D) + gamma * branch."""
+        branch = self.branch(layer, y)
+        return x + branch if self.gamma is None else gate_residual(x, self.gamma, branch)
+
+    def then_norm(
+        self,
+        x: Tensor,
+        layer: nn.Module,
+        y: Tensor,
+        norm: LayerNorm | RMSNorm,
+        shift: Tensor | None = None,
+        scale: Tensor | None = None,
+        offset: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:
+        """(the sum, `norm` of it), in one pass; shift, scale and offset as the norm takes them."""
+        return norm.after(x, self.branch(layer, y), self.gamma, shift, scale, offset)
+
+
+class LayerScale(Residual):
+    """A `Residual` with a learned gamma (D,): x + gamma * layer(y) (CaiT; DINOv2 starts at 1e-5)."""
+
+    def __init__(self, dim: int, rate: float = 0.0, init: float = 1e-5) -> None:
+        super().__init__(rate)
+        self.gamma = nn.Parameter(torch.full((dim,), init))
 
 
 class PatchEmbed(nn.Module):
@@ -234,6 +306,7 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, channels: int, dim: int, patch: int) -> None:
         super().__init__()
+        _positive("PatchEmbed", channels=channels, dim=dim, patch=patch)
         self.proj = nn.Conv2d(channels, dim, kernel_size=patch, stride=patch)
 
     def reset_bias(self) -> None:
@@ -252,6 +325,9 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, dim: int, features: int = 256) -> None:
         super().__init__()
+        _positive("TimestepEmbedder", dim=dim, features=features)
+        if features % 2:
+            raise ValueError(f"TimestepEmbedder: features are cosines and sines, so even in number, got {features}")
         self.features = features
         self.mlp = nn.Sequential(nn.Linear(features, dim), nn.SiLU(), nn.Linear(dim, dim))
 
@@ -276,6 +352,8 @@ class LabelEmbedder(nn.Module):
 
     def __init__(self, num_classes: int, dim: int, dropout: float) -> None:
         super().__init__()
+        _positive("LabelEmbedder", num_classes=num_classes, dim=dim)
+        check_number("LabelEmbedder", "dropout", dropout, 0.0, math.nextafter(1.0, 2.0))
         self.num_classes = num_classes
         self.dropout = dropout
         self.embedding_table = nn.Embedding(num_classes + (dropout > 0), dim)
@@ -286,105 +364,8 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(y)
 
 
-def drop_path(branch: Tensor, rate: float, training: bool) -> Tensor:
-    """Stochastic depth: in training the branch (B, N, D) of each sample is zeroed with probability `rate`, the others
-    are divided by 1 - rate, so that the expectation stays (Huang et al. 2016)."""
-    if not training or rate == 0.0:
-        return branch
-    keep = torch.rand(branch.shape[0], 1, 1, device=branch.device) >= rate
-    return branch * (keep / (1.0 - rate)).to(branch.dtype)
-
-
 def unpatchify(x: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
     """Tokens (B, h*w, p*p*C), each laid out (row, column, channel) -> (B, C, h*p, w*p): MAE's and DiT's order."""
     h, w = grid
     x = x.view(x.shape[0], h, w, patch, patch, -1)
     return x.permute(0, 5, 1, 3, 2, 4).reshape(x.shape[0], -1, h * patch, w * patch)
-
-
-def grid_positions(
-    grid: tuple[int, int], device: torch.device | str | None = None, trained: tuple[int, int] | None = None
-) -> Tensor:
-    """Row-major token positions of a grid (h, w): (h*w, 2) fp32 with columns x = n mod w and y = n // w.
-
-    The unit is one token, at any size (MAETok: a 512 px model counts to 31). `trained`, the grid (h, w) that a model
-    has learned, rescales instead: y * h_trained / h, x * w_trained / w, so that no position exceeds what was seen
-    (position interpolation, Chen et al. 2023, arXiv 2306.15595).
-    """
-    h, w = grid
-    n = torch.arange(h * w, device=device)
-    pos = torch.stack([n % w, n.div(w, rounding_mode="floor")], dim=1).to(torch.float32)
-    if trained is not None:
-        pos = pos * torch.tensor([trained[1] / w, trained[0] / h], device=device)
-    return pos
-
-
-def mixed_frequencies(depth: int, num_heads: int, head_dim: int, theta: float = 10.0) -> Tensor:
-    """Initial learnable RoPE frequencies (2, depth, num_heads * head_dim / 2), axis 0 = x, y (RoPE for ViT, mixed).
-
-    Magnitudes theta^(-4k / head_dim), k = 0 .. head_dim/4 - 1; each layer and head turns them by one random angle a
-    (drawn from torch's default generator) for its first half of pairs and by a + pi/2 for the second half.
-    """
-    magnitude = theta ** -(torch.arange(0, head_dim, 4).float() / head_dim)
-    angle = torch.rand(depth, num_heads, 1) * 2 * math.pi
-    turned = torch.cat([angle.expand(-1, -1, head_dim // 4), angle.expand(-1, -1, head_dim // 4) + math.pi / 2], dim=-1)
-    magnitude = magnitude.repeat(2)
-    return torch.stack([magnitude * turned.cos(), magnitude * turned.sin()]).flatten(2)
-
-
-def axial_frequencies(half_dims: int, theta: float, first_axis: str) -> Tensor:
-    """Fixed axial RoPE frequencies (2, 1, 2 * half_dims) for `rope_table`, shared by all heads and layers.
-
-    `half_dims` pairs turn with one axis, the next `half_dims` with the other, at theta^(-k / half_dims).
-    `first_axis` "x": columns first (MAETok); "y": rows first (LightningDiT).
-    """
-    f = theta ** -(torch.arange(half_dims).float() / half_dims)
-    zero = torch.zeros_like(f)
-    x, y = ((f, zero), (zero, f)) if first_axis == "x" else ((zero, f), (f, zero))
-    return torch.stack([torch.cat(x), torch.cat(y)]).unsqueeze(1)
-
-
-def sincos_1d(dim: int, length: int) -> Tensor:
-    """Fixed 1-D positions (length, dim) fp32: sin on even, cos on odd channels, w_k = 1e4^(-2k/dim) (Vaswani)."""
-    if dim % 2:
-        raise ValueError(f"sincos_1d: dim must be even, got {dim}")
-    pos = torch.arange(length, dtype=torch.float32)[:, None]
-    args = pos * torch.exp(torch.arange(0, dim, 2, dtype=torch.float32) * -(math.log(10000.0) / dim))
-    return torch.stack([args.sin(), args.cos()], dim=-1).flatten(1)
-
-
-def sincos_2d(dim: int, grid: tuple[int, int]) -> Tensor:
-    """Fixed 2-D positions (h*w, dim) fp32: [sin x | cos x | sin y | cos y], dim/4 each, w_k = 1e4^(-4k/dim).
-
-    The first half of the channels holds the *column*: MAE's table, whose mesh puts the width first.
-    """
-    if dim % 4:
-        raise ValueError(f"sincos_2d: dim must be divisible by 4, got {dim}")
-    omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    x, y = grid_positions(grid).double().unsqueeze(-1).unbind(1)
-    return torch.cat([(x * omega).sin(), (x * omega).cos(), (y * omega).sin(), (y * omega).cos()], dim=1).float()
-
-
-def resample_grid(embed: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Learned positions (1, h*w, D) of the grid `old` -> `new`: bicubic, antialiased, as timm does.
-
-    F.interpolate(mode="bicubic", antialias=True), whose backward torch cannot compile for changing sizes, as the two
-    matrix products that it is. In fp64: these are small, and autocast leaves fp64 alone.
-    """
-    if old == new:
-        return embed
-    rows, columns = (_bicubic(n, m, embed.device) for n, m in zip(old, new))
-    image = torch.einsum("ih,hwd,jw->ijd", rows, embed.double().view(*old, -1), columns)
-    return image.flatten(0, 1).unsqueeze(0).to(embed.dtype)
-
-
-def _bicubic(old: int, new: int, device: torch.device) -> Tensor:
-    """Weights (new, old) fp64 of antialiased bicubic resampling: Keys' kernel with a = -1/2 at half-pixel centres,
-    stretched by old / new where that shrinks; weights that fall off the edge are shared among the others."""
-    scale = old / new
-    targets, sources = (torch.arange(n, dtype=torch.float64, device=device) + 0.5 for n in (new, old))
-    x = (sources - targets[:, None] * scale).abs() / max(scale, 1.0)
-    near = (1.5 * x - 2.5) * x * x + 1
-    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
-    w = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
-    return w / w.sum(dim=1, keepdim=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from maetok_fast import models
-from maetok_fast.layers import resample_grid
+from maetok_fast.positions import resample_grid
 from maetok_fast.models import MAETok, MAETokConfig, ViTSize
 
 ENCODER, DECODER = ViTSize(32, 3, 2), ViTSize(48, 2, 4)

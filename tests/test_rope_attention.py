@@ -25,7 +25,7 @@ from maetok_fast.kernels import (
 from maetok_fast.kernels import _rope_attention_libraries as libraries
 from maetok_fast.kernels import rope_attention as op
 from maetok_fast.kernels._registration import compute, compute_backward
-from maetok_fast.layers import axial_frequencies, grid_positions
+from maetok_fast.positions import axial_frequencies, grid_positions
 
 
 def grid(height: int, width: int) -> torch.Tensor:

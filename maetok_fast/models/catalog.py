@@ -7,10 +7,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, Literal, overload
 
-from maetok_fast.models.lightningdit import LightningDiT, LightningDiTConfig
-from maetok_fast.models.sit import SiT, SiTConfig
-from maetok_fast.models.tokenizer import MAETok, MAETokConfig
-from maetok_fast.models.vit import ViTSize
+from maetok_fast.models.configs import LightningDiTConfig, MAETokConfig, SiTConfig, ViTSize
+from maetok_fast.models.lightningdit import LightningDiT
+from maetok_fast.models.sit import SiT
+from maetok_fast.models.tokenizer import MAETok
 
 __all__ = ["LightningDiTName", "MAETokName", "SiTName", "create", "presets"]
 

@@ -16,8 +16,6 @@ timesteps; both are the sampler's options.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
@@ -29,35 +27,13 @@ from maetok_fast.layers import (
     Modulation,
     RMSNorm,
     SwiGLU,
-    axial_frequencies,
-    grid_positions,
 )
 from maetok_fast.models.checkpoints.generators import LIGHTNINGDIT
-from maetok_fast.models.sit import DiffusionTransformer, FinalLayer, SiTConfig
+from maetok_fast.models.configs import LightningDiTConfig
+from maetok_fast.models.sit import DiffusionTransformer, FinalLayer
+from maetok_fast.positions import axial_frequencies, grid_positions
 
-__all__ = ["LightningDiT", "LightningDiTConfig"]
-
-
-@dataclass(frozen=True)
-class LightningDiTConfig(SiTConfig):
-    """Architecture of a LightningDiT; fields of SiTConfig plus switches. Defaults: XL/1 on 16x16x32 (VA-VAE f16d32),
-    in the time convention of the published weights. rope becomes False on 1-D latents: they have no grid."""
-
-    tokens: int | tuple[int, int] = (16, 16)
-    rmsnorm: bool = True
-    swiglu: bool = True
-    rope: bool = True
-    shift: bool = True
-    time: str = "sit"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if isinstance(self.tokens, int):
-            object.__setattr__(self, "rope", False)
-        if self.rope and self.dim // self.heads % 4:
-            raise ValueError(
-                f"LightningDiTConfig: head_dim {self.dim // self.heads} must be divisible by 4 for 2-D RoPE"
-            )
+__all__ = ["LightningDiT"]
 
 
 def _norm(config: LightningDiTConfig) -> LayerNorm | RMSNorm:
@@ -117,8 +93,8 @@ class LightningDiT(DiffusionTransformer):
         self.feat_rope = RopeBuffers(self._frequencies(), self.grid) if config.rope else None  # type: ignore[arg-type]
         self.reset_parameters()
 
-    def _frequencies(self) -> Tensor:
-        return axial_frequencies(self.config.dim // self.config.heads // 4, 10000.0, "y")
+    def _frequencies(self, device: torch.device | None = None) -> Tensor:
+        return axial_frequencies(self.config.dim // self.config.heads // 4, 10000.0, "y", device)
 
     def rope(self) -> Tensor | None:
         """The table (2, 1, N, head_dim / 2) of the trained grid, None for 1-D latents."""
@@ -126,4 +102,4 @@ class LightningDiT(DiffusionTransformer):
             return None
         device = self.pos_embed.device
         with torch.no_grad():
-            return rope_table(self._frequencies().to(device), grid_positions(self.grid, device))
+            return rope_table(self._frequencies(device), grid_positions(self.grid, device))

@@ -22,13 +22,13 @@ SiT and LightningDiT convention (t = 1 data, v = data - noise): forward then fli
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from maetok_fast.checks import check_dtype, check_labels, check_tensor, check_times
 from maetok_fast.kernels import gate_residual
 from maetok_fast.layers import (
     Attention,
@@ -38,66 +38,14 @@ from maetok_fast.layers import (
     Modulation,
     PatchEmbed,
     TimestepEmbedder,
-    sincos_1d,
-    sincos_2d,
     unpatchify,
 )
-from maetok_fast.models._checks import check_dtype, check_integers, check_labels, check_ratio, check_tensor, check_times
 from maetok_fast.models.checkpoints import Pretrained
 from maetok_fast.models.checkpoints.generators import SIT
+from maetok_fast.models.configs import SiTConfig
+from maetok_fast.positions import sincos_1d, sincos_2d
 
-__all__ = ["Modulations", "SiT", "SiTConfig"]
-
-
-@dataclass(frozen=True)
-class SiTConfig:
-    """Architecture of a SiT. The defaults are XL/1 on MAETok's 128 latents of width 32.
-
-    tokens: L for 1-D latents, (height, width) of the latent grid for 2-D ones. patch: 1 for 1-D latents.
-    qk_norm: LayerNorm over head_dim (affine, eps 1e-5) on q and k. learn_sigma: official SiT weights have 2C output
-    channels of which the last C are dropped. time: "maetok" (t = 0 data) or "sit" (t = 1 data; flipped in forward).
-    """
-
-    tokens: int | tuple[int, int] = 128
-    channels: int = 32
-    patch: int = 1
-    dim: int = 1152
-    depth: int = 28
-    heads: int = 16
-    mlp_ratio: float = 4.0
-    num_classes: int = 1000
-    label_dropout: float = 0.1
-    qk_norm: bool = False
-    learn_sigma: bool = False
-    time: str = "maetok"
-
-    def __post_init__(self) -> None:
-        name, tokens = type(self).__name__, self.tokens
-        fields = ("channels", "patch", "dim", "depth", "heads", "num_classes")
-        check_integers(name, **{field: getattr(self, field) for field in fields})
-        sizes = tuple(getattr(self, field) for field in fields)
-        if min(sizes) < 1 or self.dim % self.heads or self.dim % 4:
-            raise ValueError(
-                f"{name}: channels, patch, dim, depth, heads, num_classes = {sizes} must be positive, and dim a "
-                "multiple of heads and of 4"
-            )
-        check_ratio(name, self.dim, self.mlp_ratio)
-        if not isinstance(self.label_dropout, (int, float)) or not 0 <= self.label_dropout <= 1:
-            raise ValueError(f"{name}: label_dropout must be a probability in [0, 1], got {self.label_dropout!r}")
-        if isinstance(tokens, int):
-            if tokens < 1 or self.patch != 1:
-                raise ValueError(f"{name}: 1-D latents need tokens >= 1 and patch 1, got {tokens} and {self.patch}")
-        elif (
-            not isinstance(tokens, tuple)
-            or len(tokens) != 2
-            or not all(isinstance(n, int) and n >= 1 for n in tokens)
-            or any(n % self.patch for n in tokens)
-        ):
-            raise ValueError(
-                f"{name}: the latent grid {tokens} must be a tuple (height, width), multiples of patch {self.patch}"
-            )
-        if self.time not in ("maetok", "sit"):
-            raise ValueError(f"{name}: time {self.time!r} is not 'maetok' (t = 0 data) or 'sit' (t = 1 data)")
+__all__ = ["Modulations", "SiT"]
 
 
 class Modulations(NamedTuple):

@@ -22,92 +22,20 @@ resampled bicubically when the grid is not the trained one.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from maetok_fast.checks import check_dtype, check_tensor, height_width
 from maetok_fast.kernels import decoder_tokens, embed_tokens, rope_table
-from maetok_fast.layers import axial_frequencies, grid_positions, mixed_frequencies, unpatchify
-from maetok_fast.models._checks import check_dtype, check_integers, check_tensor, height_width
+from maetok_fast.layers import unpatchify
 from maetok_fast.models.checkpoints import Pretrained
 from maetok_fast.models.checkpoints.maetok import MAETOK
-from maetok_fast.models.vit import ViT, ViTSize
+from maetok_fast.models.configs import MAETokConfig, ViTSize, grid_of
+from maetok_fast.models.vit import ViT
+from maetok_fast.positions import axial_frequencies, grid_positions, mixed_frequencies
 
-__all__ = ["Decoder", "Encoder", "MAETok", "MAETokConfig"]
-
-
-@dataclass(frozen=True)
-class MAETokConfig:
-    """Architecture of a MAETok tokenizer. The defaults are the public `maetok-b-128`: 256 px, 128 latents of width 32.
-
-    image_size: trained resolution in pixels, int or (height, width). patch: the encoder's, decoder_patch: the decoder's
-    (None: the same). num_latent_tokens: L, 0 for the image-token ablation. latent_dim: H. decoder_kind: "movqv2" or
-    "plain". position: "mixed" (learned RoPE frequencies), "axial" (fixed ones) or "absolute" (learned positions in the
-    decoder too). mask_token: whether the encoder can replace masked patches. latent_mean, latent_std: the scalars with
-    which the public generators normalise latents, (z - mean) / std; encode() does not apply them.
-    """
-
-    image_size: int | tuple[int, int] = 256
-    base_image_size: int = 256
-    patch: int = 16
-    decoder_patch: int | None = None
-    num_latent_tokens: int = 128
-    latent_dim: int = 32
-    encoder: ViTSize = field(default_factory=ViTSize)
-    decoder: ViTSize = field(default_factory=ViTSize)
-    decoder_kind: str = "movqv2"
-    decoder_cls_token: bool = False
-    position: str = "mixed"
-    rope_theta: float = 10.0
-    mask_token: bool = True
-    encoder_drop_path: float = 0.0
-    decoder_drop_path: float = 0.0
-    latent_mean: float = 0.0
-    latent_std: float = 1.0
-
-    def __post_init__(self) -> None:
-        # 256 and (256, 256) are one size and so one configuration
-        height, width = height_width("MAETokConfig: image_size", self.image_size)
-        object.__setattr__(self, "image_size", height if height == width else (height, width))
-        check_integers(
-            "MAETokConfig",
-            base_image_size=self.base_image_size,
-            patch=self.patch,
-            decoder_patch=self.out_patch,
-            num_latent_tokens=self.num_latent_tokens,
-            latent_dim=self.latent_dim,
-        )
-        if self.decoder_kind not in ("movqv2", "plain"):
-            raise ValueError(f"MAETokConfig: decoder_kind {self.decoder_kind!r} is not 'movqv2' or 'plain'")
-        if self.position not in ("mixed", "axial", "absolute"):
-            raise ValueError(f"MAETokConfig: position {self.position!r} is not 'mixed', 'axial' or 'absolute'")
-        if self.num_latent_tokens < 0 or min(self.latent_dim, self.patch, self.out_patch) < 1:
-            raise ValueError(
-                f"MAETokConfig: num_latent_tokens {self.num_latent_tokens} must be >= 0, latent_dim {self.latent_dim}, "
-                f"patch {self.patch} and decoder_patch {self.out_patch} >= 1"
-            )
-        for patch in (self.patch, self.out_patch):
-            grid_of(self.size, patch, "MAETokConfig: image_size")
-        if self.num_latent_tokens == 0 and self.out_patch != self.patch:
-            raise ValueError("MAETokConfig: without latent tokens the decoder's patch must equal the encoder's")
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Trained (height, width) in pixels."""
-        return height_width("MAETokConfig: image_size", self.image_size)
-
-    @property
-    def out_patch(self) -> int:
-        return self.patch if self.decoder_patch is None else self.decoder_patch
-
-
-def grid_of(size: tuple[int, int], patch: int, what: str) -> tuple[int, int]:
-    """(height, width) in pixels -> (rows, columns) of patches; ValueError where the patch does not divide."""
-    height, width = size
-    if min(height, width) < patch or height % patch or width % patch:
-        raise ValueError(f"{what} {height}x{width} must be a positive multiple of the patch {patch} in both directions")
-    return height // patch, width // patch
+__all__ = ["Decoder", "Encoder", "MAETok"]
 
 
 def _one(shared: Tensor | None) -> Tensor | None:
@@ -141,7 +69,7 @@ class _Half(nn.Module):
         device = self.model.pos_embed.device
         pos = grid_positions(grid, device)
         if self.position == "axial":
-            return [rope_table(axial_frequencies(self.half_dims, self.theta, "x").to(device), pos)] * depth
+            return [rope_table(axial_frequencies(self.half_dims, self.theta, "x", device), pos)] * depth
         freqs = self.freqs.view(2, depth, self.heads, -1)
         if freqs.dtype in (torch.float16, torch.bfloat16):
             freqs = freqs.float()
@@ -179,10 +107,10 @@ class Encoder(_Half):
         x = self.embed(images, mask)
         tables = self.rope((images.shape[2] // self.patch, images.shape[3] // self.patch))
         # only these tokens leave the encoder: the last block's queries, projection and MLP of all others are never read
-        keep = slice(x.shape[1] - self.num_latent_tokens if self.num_latent_tokens else 1, x.shape[1])
-        last = len(tables) - 1
+        count = self.num_latent_tokens or x.shape[1] - 1
+        kept = x.shape[1] - count, count
         for i, (block, rope) in enumerate(zip(self.model.blocks, tables)):
-            x = block(x, rope, 1, x, keep if i == last else None)
+            x = block(x, rope, 1, x, *kept) if i == len(tables) - 1 else block(x, rope, 1, x)
         return self.model.norm(x)
 
 
@@ -222,12 +150,13 @@ class Decoder(_Half):
     def forward(self, z: Tensor, latents: Tensor, grid: tuple[int, int]) -> Tensor:
         """z = post_quant_conv(latents) (B, T, D), latents (B, T, H), grid (rows, columns) -> images (B, 3, H, W)."""
         x = self.embed(z, grid)
-        prefix = self.prefix
-        keep = slice(prefix, prefix + grid[0] * grid[1])
+        prefix, count = self.prefix, grid[0] * grid[1]
+        # absolute positions tell the mask tokens apart, and without latent tokens there are none
+        equal = count if self.num_latent_tokens and self.position != "absolute" else None
         tables = self.rope(grid)
-        last = len(tables) - 1
         for i, (block, rope) in enumerate(zip(self.model.blocks, tables)):
-            x = block(x, rope, prefix, latents, keep if i == last else None)
+            kept = (prefix, count) if i == len(tables) - 1 else (0, None)
+            x = block(x, rope, prefix, latents, *kept, equal=equal if i == 0 else None)
         return self.head(x, latents, grid)
 
     def head(self, x: Tensor, latents: Tensor, grid: tuple[int, int]) -> Tensor:

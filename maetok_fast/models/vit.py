@@ -5,39 +5,20 @@
     MoVQBlock  x += attn(m(norm1 x));     x += mlp(m(norm2 x))                        norms without affine
                m(y) = y on all tokens but the last T, y * scale + shift on those, shift and scale from the raw latents
 
-`keep` prunes a last block: keys and values come from all tokens, queries, projection and MLP only from the kept ones.
+first and count prune a last block: keys and values come from all tokens, queries, projection and MLP only from the
+kept ones. The decoder's first block sees N equal image tokens (`equal`) and does for one what it would do for N.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
-from maetok_fast.layers import Attention, LayerNorm, LayerScale, Mlp, Modulation, PatchEmbed, drop_path, resample_grid
-from maetok_fast.models._checks import check_integers, check_ratio
+from maetok_fast.layers import Attention, LayerNorm, LayerScale, Mlp, Modulation, PatchEmbed, Residual
+from maetok_fast.models.configs import ViTSize
+from maetok_fast.positions import resample_grid
 
-__all__ = ["Block", "MoVQBlock", "MoVQNorm", "ViT", "ViTSize"]
-
-
-@dataclass(frozen=True)
-class ViTSize:
-    """Size of one ViT: width, number of blocks, heads and the MLP's width over the model's."""
-
-    dim: int = 768
-    depth: int = 12
-    heads: int = 12
-    mlp_ratio: float = 4.0
-
-    def __post_init__(self) -> None:
-        check_integers("ViTSize", dim=self.dim, depth=self.depth, heads=self.heads)
-        check_ratio("ViTSize", self.dim, self.mlp_ratio)
-        if min(self.dim, self.depth, self.heads) < 1 or self.dim % self.heads or (self.dim // self.heads) % 4:
-            raise ValueError(
-                f"ViTSize: dim {self.dim}, depth {self.depth}, heads {self.heads}: all must be positive and "
-                "dim / heads a multiple of 4 (2-D RoPE gives each axis a quarter of the pairs' channels)"
-            )
+__all__ = ["Block", "MoVQBlock", "MoVQNorm", "ViT"]
 
 
 class Block(nn.Module):
@@ -45,20 +26,31 @@ class Block(nn.Module):
 
     def __init__(self, size: ViTSize, latent_dim: int, rate: float) -> None:
         super().__init__()
-        self.rate = rate
         self.norm1 = LayerNorm(size.dim)
         self.attn = Attention(size.dim, size.heads)
-        self.ls1 = LayerScale(size.dim)
+        self.ls1 = LayerScale(size.dim, rate)
         self.norm2 = LayerNorm(size.dim)
         self.mlp = Mlp(size.dim, int(size.dim * size.mlp_ratio))
-        self.ls2 = LayerScale(size.dim)
+        self.ls2 = LayerScale(size.dim, rate)
 
-    def forward(self, x: Tensor, rope: Tensor | None, prefix: int, latents: Tensor, keep: slice | None) -> Tensor:
-        """x (B, N, D); `keep`: the tokens to return (None: all). Keys and values always come from all tokens."""
-        first, count = _span(keep)
-        y = self.attn(self.norm1(x), rope, prefix=prefix, first_query=first, num_queries=count)
-        x, y = self.norm2.after(_take(x, keep), drop_path(y, self.rate, self.training), self.ls1.gamma)
-        return self.ls2(x, drop_path(self.mlp(y), self.rate, self.training))
+    def forward(
+        self,
+        x: Tensor,
+        rope: Tensor | None,
+        prefix: int,
+        latents: Tensor,
+        first: int = 0,
+        count: int | None = None,
+        equal: int | None = None,
+    ) -> Tensor:
+        """x (B, N, D) -> the tokens first .. first + count - 1 (None: all). Keys and values come from all tokens.
+
+        equal: how many tokens from `prefix` on are the same; they are normed and projected as one.
+        """
+        y = self.norm1(_distinct(x, prefix, equal))
+        y = self.attn.mix(y, rope, prefix=prefix, first_query=first, num_queries=count, equal=equal)
+        x, y = self.ls1.then_norm(_take(x, first, count), self.attn.proj, y, self.norm2)
+        return self.ls2(x, self.mlp.fc2, self.mlp.hidden(y))
 
 
 class MoVQBlock(nn.Module):
@@ -66,24 +58,31 @@ class MoVQBlock(nn.Module):
 
     def __init__(self, size: ViTSize, latent_dim: int, rate: float) -> None:
         super().__init__()
-        self.rate = rate
         self.norm1 = LayerNorm(size.dim, affine=False)
         self.attn = Attention(size.dim, size.heads)
         self.norm2 = LayerNorm(size.dim, affine=False)
         self.mlp = Mlp(size.dim, int(size.dim * size.mlp_ratio))
         self.adaLN_modulation = Modulation(latent_dim, 4 * size.dim)
+        self.residual = Residual(rate)
 
-    def forward(self, x: Tensor, rope: Tensor | None, prefix: int, latents: Tensor, keep: slice | None) -> Tensor:
-        shift_msa, scale_msa, shift_mlp, scale_mlp = self.adaLN_modulation(latents).chunk(4, dim=-1)
-        first, count = _span(keep)
-        y = self.norm1(x, shift_msa, scale_msa, offset=0.0)
-        y = self.attn(y, rope, prefix=prefix, first_query=first, num_queries=count)
-        tokens = x.shape[1]
-        if keep is not None and keep.stop < tokens:  # none of the kept tokens is modulated
-            shift_mlp = scale_mlp = None
-        branch = drop_path(y, self.rate, self.training)
-        x, y = self.norm2.after(_take(x, keep), branch, None, shift_mlp, scale_mlp, offset=0.0)
-        return x + drop_path(self.mlp(y), self.rate, self.training)
+    def forward(
+        self,
+        x: Tensor,
+        rope: Tensor | None,
+        prefix: int,
+        latents: Tensor,
+        first: int = 0,
+        count: int | None = None,
+        equal: int | None = None,
+    ) -> Tensor:
+        """As `Block.forward`. Pruned to the image tokens, the second norm has no token that the latents modulate."""
+        pruned = count is not None and first + count < x.shape[1]
+        shift_scale = self.adaLN_modulation.split(latents, 4, 2 if pruned else 4)
+        y = self.norm1(_distinct(x, prefix, equal), *shift_scale[:2], offset=0.0)
+        y = self.attn.mix(y, rope, prefix=prefix, first_query=first, num_queries=count, equal=equal)
+        x = _take(x, first, count)
+        x, y = self.residual.then_norm(x, self.attn.proj, y, self.norm2, *shift_scale[2:], offset=0.0)
+        return self.residual(x, self.mlp.fc2, self.mlp.hidden(y))
 
 
 class MoVQNorm(nn.Module):
@@ -98,16 +97,16 @@ class MoVQNorm(nn.Module):
         """`latents` None: x holds no modulated token, the norm is plain."""
         if latents is None:
             return self.norm(x)
-        shift, scale = self.adaLN_modulation(latents).chunk(2, dim=-1)
-        return self.norm(x, shift, scale, offset=0.0)
+        return self.norm(x, *self.adaLN_modulation.split(latents, 2, 2), offset=0.0)
 
 
-def _span(keep: slice | None) -> tuple[int, int | None]:
-    return (0, None) if keep is None else (keep.start, keep.stop - keep.start)
+def _distinct(x: Tensor, prefix: int, equal: int | None) -> Tensor:
+    """x with one token instead of the `equal` same ones from `prefix` on."""
+    return x if equal is None else torch.cat([x[:, : prefix + 1], x[:, prefix + equal :]], dim=1)
 
 
-def _take(x: Tensor, keep: slice | None) -> Tensor:
-    return x if keep is None else x[:, keep]
+def _take(x: Tensor, first: int, count: int | None) -> Tensor:
+    return x if count is None else x[:, first : first + count]
 
 
 class ViT(nn.Module):

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from maetok_fast.models.checkpoints.layout import CheckpointError, Facts, Layout, ratio, shown
-from maetok_fast.models.vit import ViTSize
+from maetok_fast.models.configs import ViTSize
 
 __all__ = ["MAETOK"]
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
-"""Input checks of the models: one sentence that names what was given and what was expected. Shapes and dtypes only, but
+"""Checks of inputs and configurations: one sentence that names what was given and what was expected. Shapes and dtypes only, but
 for `check_label_range`, so they cost no synchronisation and `torch.compile` folds them into its guards."""
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ __all__ = [
     "check_integers",
     "check_label_range",
     "check_labels",
+    "check_number",
     "check_ratio",
     "check_tensor",
     "check_times",
@@ -56,6 +57,17 @@ def check_integers(owner: str, **values: Any) -> None:
             raise TypeError(f"{owner}: {name} must be an integer, got {value!r}")
 
 
+def check_number(owner: str, name: str, value: Any, low: float, high: float = math.inf, *, above: bool = False) -> None:
+    """TypeError unless value is a number; ValueError unless it is finite and low <= value < high (`above`: low < value).
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{owner}: {name} must be a number, got {value!r}")
+    if not math.isfinite(value) or not (low < value < high if above else low <= value < high):
+        lowest = "" if low == -math.inf else f" {'above' if above else 'of at least'} {low:g}"
+        highest = "" if high == math.inf else f" and below {high:g}"
+        raise ValueError(f"{owner}: {name} must be a finite number{lowest}{highest}, got {value!r}")
+
+
 def check_ratio(owner: str, dim: int, mlp_ratio: Any) -> None:
     """ValueError unless dim * mlp_ratio is an MLP width of at least 1."""
     if isinstance(mlp_ratio, bool) or not isinstance(mlp_ratio, (int, float)) or not 1 <= dim * mlp_ratio < math.inf:
@@ -84,23 +96,36 @@ def check_labels(y: Any, batch: int, config: Any) -> None:
     check_tensor("y", y, (batch,))
     if y.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"y: expected torch.int64 class labels, got {y.dtype}")
-    if not torch.compiler.is_compiling() and y.device.type == "cpu":
+    if y.device.type == "cpu":
         check_label_range(y, config)
 
 
 def check_label_range(y: Tensor, config: Any) -> None:
     """ValueError unless labels y (B,), B >= 1, lie in 0 .. config.num_classes (less one without a null class).
 
-    Reads the values, so on a GPU it waits for them. A config that names no classes allows all.
+    Reads the values, so on a GPU it waits for them; where there are none to read (compiled, fake, meta, under torch.func
+    or in a tracer) nothing is checked. A config that names no classes allows all.
     """
     classes = getattr(config, "num_classes", None)
-    if classes is None:
+    if classes is None or not _readable(y):
         return
     last = classes if getattr(config, "label_dropout", 0.0) > 0 else classes - 1
     low, high = (int(v) for v in torch.stack(torch.aminmax(y)).tolist())
     if low < 0 or high > last:
         null = f" ({last} = no class)" if last == classes else ", the model has no null class"
         raise ValueError(f"y: class labels must be 0 .. {last}{null}; got {low if low < 0 else high}")
+
+
+def _readable(x: Tensor) -> bool:
+    """Whether x holds values that Python may read."""
+    if torch.compiler.is_compiling() or x.device.type == "meta" or torch._C._get_tracing_state() is not None:
+        return False
+    return type(x) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(x) and _unwatched()
+
+
+def _unwatched() -> bool:
+    """Whether no dispatch mode (fake tensors, a tracer) would see the reading."""
+    return torch._C._len_torch_dispatch_stack() == 0
 
 
 def _show(shape: tuple[int | str, ...]) -> str:

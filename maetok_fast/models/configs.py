@@ -1,0 +1,188 @@
+# Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
+"""What the models are made from: frozen dataclasses that refuse, when they are made, what no model could run with.
+
+Every number is checked against its range, NaN and infinity included; messages name the field and what it may be.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from maetok_fast.checks import check_integers, check_number, check_ratio, height_width
+
+__all__ = ["LightningDiTConfig", "MAETokConfig", "SiTConfig", "ViTSize", "grid_of"]
+
+
+@dataclass(frozen=True)
+class ViTSize:
+    """Size of one ViT: width, number of blocks, heads and the MLP's width over the model's."""
+
+    dim: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp_ratio: float = 4.0
+
+    def __post_init__(self) -> None:
+        check_integers("ViTSize", dim=self.dim, depth=self.depth, heads=self.heads)
+        check_ratio("ViTSize", self.dim, self.mlp_ratio)
+        if min(self.dim, self.depth, self.heads) < 1 or self.dim % self.heads or (self.dim // self.heads) % 4:
+            raise ValueError(
+                f"ViTSize: dim {self.dim}, depth {self.depth}, heads {self.heads}: all must be positive and "
+                "dim / heads a multiple of 4 (2-D RoPE gives each axis a quarter of the pairs' channels)"
+            )
+
+
+@dataclass(frozen=True)
+class MAETokConfig:
+    """Architecture of a MAETok tokenizer. The defaults are the public `maetok-b-128`: 256 px, 128 latents of width 32.
+
+    image_size: trained resolution in pixels, int or (height, width). patch: the encoder's, decoder_patch: the decoder's
+    (None: the same). num_latent_tokens: L, 0 for the image-token ablation. latent_dim: H. decoder_kind: "movqv2" or
+    "plain". position: "mixed" (learned RoPE frequencies), "axial" (fixed ones) or "absolute" (learned positions in the
+    decoder too). mask_token: whether the encoder can replace masked patches. latent_mean, latent_std: the scalars with
+    which the public generators normalise latents, (z - mean) / std; encode() does not apply them.
+    """
+
+    image_size: int | tuple[int, int] = 256
+    base_image_size: int = 256
+    patch: int = 16
+    decoder_patch: int | None = None
+    num_latent_tokens: int = 128
+    latent_dim: int = 32
+    encoder: ViTSize = field(default_factory=ViTSize)
+    decoder: ViTSize = field(default_factory=ViTSize)
+    decoder_kind: str = "movqv2"
+    decoder_cls_token: bool = False
+    position: str = "mixed"
+    rope_theta: float = 10.0
+    mask_token: bool = True
+    encoder_drop_path: float = 0.0
+    decoder_drop_path: float = 0.0
+    latent_mean: float = 0.0
+    latent_std: float = 1.0
+
+    def __post_init__(self) -> None:
+        # 256 and (256, 256) are one size and so one configuration
+        height, width = height_width("MAETokConfig: image_size", self.image_size)
+        object.__setattr__(self, "image_size", height if height == width else (height, width))
+        check_integers(
+            "MAETokConfig",
+            base_image_size=self.base_image_size,
+            patch=self.patch,
+            decoder_patch=self.out_patch,
+            num_latent_tokens=self.num_latent_tokens,
+            latent_dim=self.latent_dim,
+        )
+        if self.decoder_kind not in ("movqv2", "plain"):
+            raise ValueError(f"MAETokConfig: decoder_kind {self.decoder_kind!r} is not 'movqv2' or 'plain'")
+        if self.position not in ("mixed", "axial", "absolute"):
+            raise ValueError(f"MAETokConfig: position {self.position!r} is not 'mixed', 'axial' or 'absolute'")
+        if self.num_latent_tokens < 0 or min(self.latent_dim, self.patch, self.out_patch) < 1:
+            raise ValueError(
+                f"MAETokConfig: num_latent_tokens {self.num_latent_tokens} must be >= 0, latent_dim {self.latent_dim}, "
+                f"patch {self.patch} and decoder_patch {self.out_patch} >= 1"
+            )
+        if self.base_image_size < max(self.patch, self.out_patch):
+            raise ValueError(f"MAETokConfig: base_image_size must be at least a patch, got {self.base_image_size}")
+        check_number("MAETokConfig", "rope_theta", self.rope_theta, 0.0, above=True)
+        check_number("MAETokConfig", "latent_mean", self.latent_mean, -math.inf)
+        check_number("MAETokConfig", "latent_std", self.latent_std, 0.0, above=True)
+        for name in ("encoder_drop_path", "decoder_drop_path"):
+            check_number("MAETokConfig", name, getattr(self, name), 0.0, 1.0)
+        for patch in (self.patch, self.out_patch):
+            grid_of(self.size, patch, "MAETokConfig: image_size")
+        if self.num_latent_tokens == 0 and self.out_patch != self.patch:
+            raise ValueError("MAETokConfig: without latent tokens the decoder's patch must equal the encoder's")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Trained (height, width) in pixels."""
+        return height_width("MAETokConfig: image_size", self.image_size)
+
+    @property
+    def out_patch(self) -> int:
+        return self.patch if self.decoder_patch is None else self.decoder_patch
+
+
+def grid_of(size: tuple[int, int], patch: int, what: str) -> tuple[int, int]:
+    """(height, width) in pixels -> (rows, columns) of patches; ValueError where the patch does not divide."""
+    height, width = size
+    if min(height, width) < patch or height % patch or width % patch:
+        raise ValueError(f"{what} {height}x{width} must be a positive multiple of the patch {patch} in both directions")
+    return height // patch, width // patch
+
+
+@dataclass(frozen=True)
+class SiTConfig:
+    """Architecture of a SiT. The defaults are XL/1 on MAETok's 128 latents of width 32.
+
+    tokens: L for 1-D latents, (height, width) of the latent grid for 2-D ones. patch: 1 for 1-D latents.
+    qk_norm: LayerNorm over head_dim (affine, eps 1e-5) on q and k. learn_sigma: official SiT weights have 2C output
+    channels of which the last C are dropped. time: "maetok" (t = 0 data) or "sit" (t = 1 data; flipped in forward).
+    """
+
+    tokens: int | tuple[int, int] = 128
+    channels: int = 32
+    patch: int = 1
+    dim: int = 1152
+    depth: int = 28
+    heads: int = 16
+    mlp_ratio: float = 4.0
+    num_classes: int = 1000
+    label_dropout: float = 0.1
+    qk_norm: bool = False
+    learn_sigma: bool = False
+    time: str = "maetok"
+
+    def __post_init__(self) -> None:
+        name, tokens = type(self).__name__, self.tokens
+        fields = ("channels", "patch", "dim", "depth", "heads", "num_classes")
+        check_integers(name, **{field: getattr(self, field) for field in fields})
+        sizes = tuple(getattr(self, field) for field in fields)
+        if min(sizes) < 1 or self.dim % self.heads or self.dim % 4:
+            raise ValueError(
+                f"{name}: channels, patch, dim, depth, heads, num_classes = {sizes} must be positive, and dim a "
+                "multiple of heads and of 4"
+            )
+        check_ratio(name, self.dim, self.mlp_ratio)
+        if not isinstance(self.label_dropout, (int, float)) or not 0 <= self.label_dropout <= 1:
+            raise ValueError(f"{name}: label_dropout must be a probability in [0, 1], got {self.label_dropout!r}")
+        if isinstance(tokens, bool):
+            raise TypeError(f"{name}: tokens must be an integer or (height, width), got {tokens!r}")
+        if isinstance(tokens, int):
+            if tokens < 1 or self.patch != 1:
+                raise ValueError(f"{name}: 1-D latents need tokens >= 1 and patch 1, got {tokens} and {self.patch}")
+        elif (
+            not isinstance(tokens, tuple)
+            or len(tokens) != 2
+            or not all(isinstance(n, int) and n >= 1 for n in tokens)
+            or any(n % self.patch for n in tokens)
+        ):
+            raise ValueError(
+                f"{name}: the latent grid {tokens} must be a tuple (height, width), multiples of patch {self.patch}"
+            )
+        if self.time not in ("maetok", "sit"):
+            raise ValueError(f"{name}: time {self.time!r} is not 'maetok' (t = 0 data) or 'sit' (t = 1 data)")
+
+
+@dataclass(frozen=True)
+class LightningDiTConfig(SiTConfig):
+    """Architecture of a LightningDiT; fields of SiTConfig plus switches. Defaults: XL/1 on 16x16x32 (VA-VAE f16d32),
+    in the time convention of the published weights. rope becomes False on 1-D latents: they have no grid."""
+
+    tokens: int | tuple[int, int] = (16, 16)
+    rmsnorm: bool = True
+    swiglu: bool = True
+    rope: bool = True
+    shift: bool = True
+    time: str = "sit"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.tokens, int):
+            object.__setattr__(self, "rope", False)
+        if self.rope and self.dim // self.heads % 4:
+            raise ValueError(
+                f"LightningDiTConfig: head_dim {self.dim // self.heads} must be divisible by 4 for 2-D RoPE"
+            )
