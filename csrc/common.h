@@ -3,8 +3,8 @@
 //
 // Each csrc/cpu/<op>.cpp is compiled several times: once per instruction set with MF_VARIANT=<name>, which yields the
 // kernels in namespace mf::<name> (they include cpu/simd.h only), and once with MF_HOST, which yields the checks and
-// exports below. What has no kernels lies in csrc/cpu/host/ and is compiled once. Kernels take plain structs of pointers and sizes, so that nothing of the C++ library is instantiated
-// with AVX-512 and then picked by the linker for everybody.
+// exports below. What has no kernels lies in csrc/cpu/host/ and is compiled once. Kernels take plain structs of pointers
+// and sizes, so that nothing of the C++ library is instantiated with AVX-512 and then picked by the linker for everybody.
 //
 // Errors become Python ValueError / TypeError naming the argument, what was expected and what came.
 #pragma once

@@ -36,8 +36,7 @@ _LIMITS = {
     "MKL_ENABLE_INSTRUCTIONS": ("SSE4_2", "AVX2", "AVX512", "AVX512_E3", None),
     "ATEN_CPU_CAPABILITY": ("default", "avx2", "avx512", "avx512", None),
 }
-
-
+# The values of ONEDNN_MAX_CPU_ISA below tiles, by the level that they amount to.
 _ONEDNN = {
     "v2": ("SSE41", "AVX"),
     "avx2": ("AVX2", "AVX2_VNNI", "AVX2_VNNI_2"),

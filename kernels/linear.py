@@ -47,7 +47,7 @@ def why_not_packed(dtype: torch.dtype, device: torch.device) -> str | None:
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
         return "this torch was built without oneDNN"
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return "this processor has no bfloat16 instructions that oneDNN uses"
+        return "there are no bfloat16 instructions that oneDNN may use here"
     return None
 
 

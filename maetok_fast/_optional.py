@@ -108,7 +108,7 @@ def _version(package: Package, module: ModuleType | None) -> str:
     for distribution in package.distributions:
         try:
             return metadata.version(distribution)
-        except metadata.PackageNotFoundError:
+        except (metadata.PackageNotFoundError, KeyError):  # KeyError: metadata without a version
             continue
     return str(getattr(module, "__version__", ""))
 
@@ -138,7 +138,7 @@ def probe(name: str) -> Status:
             first = (str(error).strip() or "no message").splitlines()[0]
         except Exception:  # an exception that cannot even be printed
             first = "no message"
-        return Status("unusable", "", f"importing it fails: {type(error).__name__}: {first}")
+        return Status("unusable", _version(package, None), f"importing it fails: {type(error).__name__}: {first}")
 
 
 def _probe(package: Package) -> Status:

@@ -204,8 +204,8 @@ def to_fp8(model: nn.Module, *, scaling: str = "row", min_features: int = 1024, 
     A layer stays as it is where FP8 cannot take it (features that are no multiples of 16, a device without float8),
     where it would lose (fewer than `min_features` in or out: the casts cost more than the product saves, see
     `maetok_fast.kernels.fp8_linear`), where its input has a row per image instead of per token (embedders, and
-    modulations whose `per_token` is not set), and where it is no plain `nn.Linear`. Optimizers, state dicts and names are untouched. Train and sample
-    under `resolve("bf16").autocast(...)` as before: what stays computes in bf16.
+    modulations whose `per_token` is not set), and where it is no plain `nn.Linear`. Optimizers, state dicts and names
+    are untouched. Train and sample under `resolve("bf16").autocast(...)` as before: what stays computes in bf16.
 
     scaling: "row" or "tensor". emulate: exchange on any device, computing the same slowly.
     Returns the table of all linear layers. On a device without float8 nothing changes and every row says why.
