@@ -69,7 +69,7 @@ class Job:
         photographs = load_images(files, args.res).to(self.device)
         read_seconds = time.perf_counter() - start
         model = _workload.make_tokenizer(self.size, args.tokens, args.res, args.checkpoint, self.device)
-        fast = prepare(model, dtype=self.dtype)
+        fast = prepare(model, self.dtype)
         images = photographs[: 1 if args.quick else 4]
         with torch.no_grad():
             latents = fast.encode(photographs.to(self.dtype))
@@ -150,7 +150,7 @@ class Job:
             public(f"compiled-few-{fast}", compiled, "compiled")
         self.tick("preparing the fast model")
         before = held_bytes(self.device)
-        ours = prepare(models.ours, dtype=self.dtype)
+        ours = prepare(models.ours, self.dtype)
         after = held_bytes(self.device)
         weights["ours"] = after - before if before is not None and after is not None else _bytes(low)
         noise, y = models.inputs("few", self.batch["few"], self.dtype)

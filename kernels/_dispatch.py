@@ -148,7 +148,7 @@ def _why_no_package(name: str, device: str) -> str | None:
     try:
         found = importlib.import_module(module)
         compiled = importlib.import_module("xformers._cpp_lib") if name == "xformers" else None
-    except Exception as error:  # missing, or built against another torch: whatever its import says
+    except (Exception, SystemExit) as error:  # missing, built against another torch: whatever its import says
         return f"{name} does not import ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
     if not hasattr(found, function):
         return f"the {module} that imports has no {function}: another version, or what an uninstall left"

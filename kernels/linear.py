@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import _native
+from ._dispatch import transformed
 
 __all__ = ["ACTIVATIONS", "PackedLinear", "why_not_packed"]
 
@@ -108,6 +109,10 @@ class PackedLinear(nn.Module):
 
         One of the two at most.
         """
+        if transformed((x,)):
+            raise RuntimeError(
+                "PackedLinear has no derivatives, x is under torch.func or forward-mode AD: use nn.Linear"
+            )
         if add is not None and mul is not None:
             raise ValueError("PackedLinear takes add or mul, not both; do one of them outside")
         if self.backend == "dense":

@@ -179,8 +179,20 @@ def _native_forward(a, out):
         return y, lse.transpose(1, 2)
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     y, lse = flash(*(x.transpose(1, 2) for x in (q, k, v)))
+    _keep_non_finite(y, lse, q, k)
     # not a view: torch refuses in-place operations on a view among several outputs
     return torch.ops.aten._unsafe_view(y.transpose(1, 2), [batch, count, heads * head_dim]), lse
+
+
+def _keep_non_finite(y: Tensor, lse: Tensor, q: Tensor, k: Tensor) -> None:
+    """NaN for the rows of y (B, heads, Nq, head_dim) whose scores are not finite. torch's kernel loses infinities in 16
+    bits, though its log-sum-exp has them, and in rows shorter than its vectors it loses NaN there too. It takes 5 us
+    beside the 4.6 ms of SiT-XL's 128 tokens."""
+    if k.shape[1] < 16:
+        scores = q.float().transpose(1, 2) @ k.float().permute(0, 2, 3, 1) * q.shape[-1] ** -0.5
+        lse = scores.logsumexp(-1)
+    if not lse.sum().isfinite():
+        y.masked_fill_(~lse.isfinite().unsqueeze(-1), float("nan"))
 
 
 def _native_backward(a, out, g, d):

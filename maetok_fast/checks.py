@@ -58,8 +58,7 @@ def check_integers(owner: str, **values: Any) -> None:
 
 
 def check_number(owner: str, name: str, value: Any, low: float, high: float = math.inf, *, above: bool = False) -> None:
-    """TypeError unless value is a number; ValueError unless it is finite and low <= value < high (`above`: low < value).
-    """
+    """TypeError unless value is a number; ValueError unless it is finite and low <= value < high (`above`: low < value)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{owner}: {name} must be a number, got {value!r}")
     if not math.isfinite(value) or not (low < value < high if above else low <= value < high):

@@ -231,10 +231,12 @@ class SwiGLU(nn.Module):
 
 
 class Modulation(nn.Sequential):
-    """SiLU -> Linear (dim -> out): the source of adaLN's shifts, scales and gates. Starts at zero (adaLN-zero)."""
+    """SiLU -> Linear (dim -> out): the source of adaLN's shifts, scales and gates. Starts at zero (adaLN-zero).
+    per_token: whether its input has a row per token (MoVQ's latents) or one per image."""
 
-    def __init__(self, dim: int, out: int) -> None:
+    def __init__(self, dim: int, out: int, per_token: bool = False) -> None:
         super().__init__(nn.SiLU(), nn.Linear(dim, out))
+        self.per_token = per_token
         self.reset_parameters()
 
     @property
@@ -259,12 +261,13 @@ class Residual(nn.Module):
     the expectation stays (Huang et al. 2016).
     """
 
-    gamma: Tensor | None = None
+    gamma: nn.Parameter | None
 
     def __init__(self, rate: float = 0.0) -> None:
         super().__init__()
         check_number(type(self).__name__, "rate", rate, 0.0, 1.0)
         self.rate = rate
+        self.register_parameter("gamma", None)
 
     def branch(self, layer: nn.Module, y: Tensor) -> Tensor:
         """layer(y) (B, N, D), thinned by stochastic depth."""

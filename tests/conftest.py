@@ -48,7 +48,9 @@ OP_FILES: list[Any] = []  # the records of --op-file
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--op-file", action="append", default=[], help="test the op records of this file, not the library's")
+    parser.addoption(
+        "--op-file", action="append", default=[], help="test the op records of this file, not the library's"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -439,7 +439,7 @@ def test_dopri5_plans_nothing(noise):
 
 
 def test_the_protocols_know_our_models():
-    prepared = inference.prepare(small_model(dim=64).float(), dtype="fp32")
+    prepared = inference.prepare(small_model(dim=64).float(), precision="fp32")
     assert isinstance(prepared, diffusion.Planned)
     assert isinstance(Planned(), diffusion.Planned)
     assert not isinstance(small_model(), diffusion.Planned)

@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from maetok_fast.kernels import BackendError, _native, backend, ema_update
-from maetok_fast.kernels import _dispatch
+from maetok_fast.kernels import BackendError, _dispatch, _native, backend, ema_update
 from maetok_fast.kernels import ema as module
 from maetok_fast.kernels._triton import why_no_triton
 from maetok_fast.precision import MasterWeights

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from maetok_fast.diffusion import sample
-from maetok_fast.inference import PLAN_ROWS, prepare
+from maetok_fast.inference import prepare
+from maetok_fast.inference.plan import PLAN_ROWS
 from maetok_fast.models import LightningDiT, LightningDiTConfig, MAETok, MAETokConfig, SiT, SiTConfig, ViTSize
 from maetok_fast.precision import Precision, resolve
 
@@ -95,7 +96,7 @@ def test_steps_of_a_plan_equal_forwards(generator: Any, dtype: torch.dtype, monk
     fast = prepare(generator, dtype)
     for labels in (y, torch.arange(4), torch.arange(4).flip(0)):
         for limit in (PLAN_ROWS, 2 * len(labels.unique())):
-            monkeypatch.setattr("maetok_fast.inference.PLAN_ROWS", limit)
+            monkeypatch.setattr("maetok_fast.inference.plan.PLAN_ROWS", limit)
             plan = fast.plan(ts, labels)
             for i in (0, 1, 2, 6, 3):
                 want = fast(x, torch.full((4,), ts[i].item()), labels)

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from maetok_fast import models
-from maetok_fast.positions import sincos_1d, sincos_2d
 from maetok_fast.models import LightningDiT, LightningDiTConfig, SiT, SiTConfig
+from maetok_fast.positions import sincos_1d, sincos_2d
 
 TINY: dict[str, Any] = {"channels": 5, "dim": 48, "depth": 2, "heads": 4, "num_classes": 10}
 

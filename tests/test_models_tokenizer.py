@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from maetok_fast import models
-from maetok_fast.positions import resample_grid
 from maetok_fast.models import MAETok, MAETokConfig, ViTSize
+from maetok_fast.positions import resample_grid
 
 ENCODER, DECODER = ViTSize(32, 3, 2), ViTSize(48, 2, 4)
 
@@ -310,14 +310,14 @@ def test_the_encoder_is_timms_vit() -> None:
 
 
 def test_drop_path_keeps_the_expectation_and_rests_in_eval() -> None:
-    from maetok_fast.layers import drop_path
+    from maetok_fast.layers import Residual
 
     torch.manual_seed(0)
-    x = torch.ones(4000, 1, 1)
-    y = drop_path(x, 0.25, True)
+    x, residual, identity = torch.ones(4000, 1, 1), Residual(0.25), torch.nn.Identity()
+    y = residual.branch(identity, x)
     assert torch.equal(y, torch.where(y > 0, 1 / 0.75, 0.0))
     assert abs(y.mean() - 1) < 0.05
-    assert drop_path(x, 0.25, False) is x
+    assert residual.eval().branch(identity, x) is x
     model = build(decoder_drop_path=0.5)
     images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
     assert torch.equal(model(images), model(images))

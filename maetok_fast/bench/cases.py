@@ -110,7 +110,9 @@ def _record_cases(op: Op[..., Any], dtypes: Sequence[str], directions: Sequence[
     for sample in real_samples(op):
         seen = set()
         for dtype in dtypes:
-            shape = tuple(str(v.dtype) for v in make(op, sample, DTYPES[dtype], "meta").values() if isinstance(v, Tensor))
+            shape = tuple(
+                str(v.dtype) for v in make(op, sample, DTYPES[dtype], "meta").values() if isinstance(v, Tensor)
+            )
             if shape in seen:
                 continue
             seen.add(shape)
@@ -123,7 +125,9 @@ def _maker(op: Op[..., Any], sample: Sample, dtype: str, direction: str) -> Call
     return lambda device, compile_: record_work(op, sample, dtype, direction, device, compile_)
 
 
-def record_work(op: Op[..., Any], sample: Sample, dtype: str, direction: str, device: torch.device, compile_: bool) -> Work:
+def record_work(
+    op: Op[..., Any], sample: Sample, dtype: str, direction: str, device: torch.device, compile_: bool
+) -> Work:
     """The work of one record's sample: each usable backend of the device, the reference, torch.compile of it."""
     made = make(op, sample, DTYPES[dtype], device)
     cost = op.cost(**made)

@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maetok_fast.checks import check_label_range
 from maetok_fast.diffusion import _arguments as arguments
 from maetok_fast.diffusion.guidance import Guidance, GuidedVelocity
 from maetok_fast.diffusion.paths import Path, get_path, shift_times
 from maetok_fast.diffusion.protocols import Velocity
-from maetok_fast.checks import check_label_range
 
 SDE_LAST_TIME = 0.04  # below it the score's 1/t makes the noise term stiff
 

@@ -19,25 +19,25 @@ if TYPE_CHECKING:
     from maetok_fast.models.catalog import create as create
     from maetok_fast.models.catalog import presets as presets
     from maetok_fast.models.checkpoints import CheckpointError as CheckpointError
-    from maetok_fast.models.lightningdit import LightningDiT as LightningDiT
     from maetok_fast.models.configs import LightningDiTConfig as LightningDiTConfig
+    from maetok_fast.models.configs import MAETokConfig as MAETokConfig
+    from maetok_fast.models.configs import SiTConfig as SiTConfig
+    from maetok_fast.models.configs import ViTSize as ViTSize
+    from maetok_fast.models.lightningdit import LightningDiT as LightningDiT
     from maetok_fast.models.sit import Modulations as Modulations
     from maetok_fast.models.sit import SiT as SiT
-    from maetok_fast.models.configs import SiTConfig as SiTConfig
     from maetok_fast.models.tokenizer import MAETok as MAETok
-    from maetok_fast.models.configs import MAETokConfig as MAETokConfig
-    from maetok_fast.models.configs import ViTSize as ViTSize
 
 _HOME = {
     "CheckpointError": "checkpoints",
     "LightningDiT": "lightningdit",
-    "LightningDiTConfig": "lightningdit",
+    "LightningDiTConfig": "configs",
     "MAETok": "tokenizer",
-    "MAETokConfig": "tokenizer",
+    "MAETokConfig": "configs",
     "Modulations": "sit",
     "SiT": "sit",
-    "SiTConfig": "sit",
-    "ViTSize": "vit",
+    "SiTConfig": "configs",
+    "ViTSize": "configs",
     "create": "catalog",
     "presets": "catalog",
 }

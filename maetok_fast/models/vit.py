@@ -62,7 +62,7 @@ class MoVQBlock(nn.Module):
         self.attn = Attention(size.dim, size.heads)
         self.norm2 = LayerNorm(size.dim, affine=False)
         self.mlp = Mlp(size.dim, int(size.dim * size.mlp_ratio))
-        self.adaLN_modulation = Modulation(latent_dim, 4 * size.dim)
+        self.adaLN_modulation = Modulation(latent_dim, 4 * size.dim, per_token=True)
         self.residual = Residual(rate)
 
     def forward(
@@ -91,7 +91,7 @@ class MoVQNorm(nn.Module):
     def __init__(self, dim: int, latent_dim: int) -> None:
         super().__init__()
         self.norm = LayerNorm(dim, affine=False)
-        self.adaLN_modulation = Modulation(latent_dim, 2 * dim)
+        self.adaLN_modulation = Modulation(latent_dim, 2 * dim, per_token=True)
 
     def forward(self, x: Tensor, latents: Tensor | None) -> Tensor:
         """`latents` None: x holds no modulated token, the norm is plain."""
