@@ -1,3 +1,4 @@
+# Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 """What pyproject.toml cannot say: the list of packages, and csrc/ -> the native library.
 
 The native library is one shared object, ``maetok_fast/kernels/_csrc.so``, built against apache-tvm-ffi's headers

@@ -1,3 +1,4 @@
+# Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 """Prepared models against plain PyTorch, eager and compiled, in one interleaved run.
 
     python benchmarks/models.py sit --batch 1 4 16      SiT-XL/1, 128 tokens: one forward, and one step of a plan

@@ -8,9 +8,9 @@
 Everything before a kernel is pure Python on shapes and dtypes, so `torch.compile(fullgraph=True)` traces through it.
 
 A file of the library defines, in this order: the formula (docstring), `<op>_ref`, the kernels, their launchers, what
-the record still needs (a check, samples) and the record `<op> = Op("<op>", ...)`; `gate_residual.py` is the one to copy.
-From the list of records (`ops()`) come the correctness suite, the kernel benchmarks, the cost report and `maetok-fast
-doctor`, with no further line per op.
+the record still needs (a check, samples) and the record `<op> = Op("<op>", ...)`; `gate_residual.py` is the one to
+copy. From the list of records (`ops()`) come the correctness suite, the kernel benchmarks, the cost report and
+`maetok-fast doctor`, with no further line per op.
 """
 
 from __future__ import annotations

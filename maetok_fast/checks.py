@@ -1,6 +1,7 @@
 # Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
-"""Checks of inputs and configurations: one sentence that names what was given and what was expected. Shapes and dtypes only, but
-for `check_label_range`, so they cost no synchronisation and `torch.compile` folds them into its guards."""
+"""Checks of inputs and configurations: one sentence that names what was given and what was expected. Of tensors only
+shapes and dtypes, but for `check_label_range`, so they cost no synchronisation and `torch.compile` folds them into its
+guards."""
 
 from __future__ import annotations
 
@@ -42,7 +43,9 @@ def check_dtype(name: str, x: Tensor, weight: Tensor) -> None:
         raise TypeError(
             f"{name}: expected {weight.dtype}, got {x.dtype}; convert and scale the values to floating point"
         )
-    casts = x.dtype in _CAST and weight.dtype in _CAST and torch.is_autocast_enabled(x.device.type)
+    device = x.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    casts = x.dtype in _CAST and weight.dtype in _CAST and autocast
     if x.dtype != weight.dtype and not casts:
         raise TypeError(
             f"{name}: expected the model's dtype {weight.dtype}, got {x.dtype}; use .to({weight.dtype})"
@@ -58,7 +61,7 @@ def check_integers(owner: str, **values: Any) -> None:
 
 
 def check_number(owner: str, name: str, value: Any, low: float, high: float = math.inf, *, above: bool = False) -> None:
-    """TypeError unless value is a number; ValueError unless it is finite and low <= value < high (`above`: low < value)."""
+    """TypeError unless value is a number; ValueError unless finite, at least low (`above`: above it) and below high."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{owner}: {name} must be a number, got {value!r}")
     if not math.isfinite(value) or not (low < value < high if above else low <= value < high):
@@ -102,8 +105,8 @@ def check_labels(y: Any, batch: int, config: Any) -> None:
 def check_label_range(y: Tensor, config: Any) -> None:
     """ValueError unless labels y (B,), B >= 1, lie in 0 .. config.num_classes (less one without a null class).
 
-    Reads the values, so on a GPU it waits for them; where there are none to read (compiled, fake, meta, under torch.func
-    or in a tracer) nothing is checked. A config that names no classes allows all.
+    Reads the values, so on a GPU it waits for them; where there are none to read (compiled, fake, meta, in a tracer or
+    under torch.func) nothing is checked. A config that names no classes allows all.
     """
     classes = getattr(config, "num_classes", None)
     if classes is None or not _readable(y):
@@ -119,12 +122,8 @@ def _readable(x: Tensor) -> bool:
     """Whether x holds values that Python may read."""
     if torch.compiler.is_compiling() or x.device.type == "meta" or torch._C._get_tracing_state() is not None:
         return False
-    return type(x) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(x) and _unwatched()
-
-
-def _unwatched() -> bool:
-    """Whether no dispatch mode (fake tensors, a tracer) would see the reading."""
-    return torch._C._len_torch_dispatch_stack() == 0
+    plain = type(x) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return plain and torch._C._len_torch_dispatch_stack() == 0  # a mode: fake tensors, a tracer
 
 
 def _show(shape: tuple[int | str, ...]) -> str:

@@ -1,5 +1,5 @@
 # Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
-"""Position facts, each with its source: pixel order, RoPE frequencies, fixed sin/cos tables, learned positions resampled.
+"""Position facts, each with its source: pixel order, RoPE frequencies, sin/cos tables, learned positions resampled.
 
 All of it is computed on the device that asks: a table made on the host would be a copy to wait for in every forward.
 """

@@ -53,7 +53,7 @@ def test_strict_mode_and_a_forced_backend_raise_with_the_reason(monkeypatch: pyt
     def why(name: str) -> str:
         return "too wide"
 
-    with backend("native"), pytest.raises(BackendError, match="it: backend 'native' was forced .*too wide"):
+    with backend("native"), pytest.raises(BackendError, match=r"it: backend 'native' was forced .*too wide"):
         _dispatch.pick("it", "cpu", ["native"], ["native"], why)
     monkeypatch.setattr(_dispatch._State, "strict", True)
     with pytest.raises(BackendError, match=r"it: MAETOK_FAST_STRICT=1 .*\(native: too wide\)"):

@@ -27,6 +27,7 @@ LONG = {
     "tests/test_fp8.py": "casts and the linear layer",
     "tests/test_models_tokenizer.py": "one model's tests",
     "tests/test_ops.py": "one suite over all op records",
+    "tests/test_token_mask.py": "Philox, masks and what is gathered by them",
 }
 
 OTHERS = "*"  # every name of the room that has no place of its own

@@ -1,3 +1,4 @@
+# Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 """Prepared models against the models they were made of, in fp64, by the correctness rule.
 
 err(prepared, fp64 model) <= 2 * err(model in the same dtype, fp64 model) + 2 ulp, errors as root mean squares over the
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import pickle
 from typing import Any
 
 import pytest
@@ -226,3 +228,33 @@ def test_precision_names() -> None:
     with pytest.raises(ValueError, match="expected one of fp32"):
         resolve("int4")
     assert resolve(Precision("fp32", torch.float32)).name == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("operation", "error", "message"),
+    [
+        (lambda p: copy.deepcopy(p), TypeError, "cannot be copied: it is a snapshot"),
+        (lambda p: copy.copy(p), TypeError, "cannot be copied: it is a snapshot"),
+        (lambda p: pickle.dumps(p), TypeError, "cannot be pickled"),
+        (lambda p: p.to("cpu"), AttributeError, "no attribute 'to': its packed weights stay"),
+        (lambda p: p.state_dict(), AttributeError, "have no state dict; save and load the model itself"),
+        (lambda p: p.train(), AttributeError, "it computes no gradients; train the model itself"),
+        (lambda p: p.requires_grad_(), AttributeError, "it computes no gradients"),
+        (lambda p: p.parameters(), AttributeError, "it is a snapshot; change the model itself"),
+        (lambda p: p.nonsense, AttributeError, "has no attribute 'nonsense'$"),
+        (
+            lambda p: torch.func.jvp(lambda x: p(x, T, Y), (X,), (X,)),
+            RuntimeError,
+            "x is under torch.func or forward-mode AD, and a prepared model has no derivatives",
+        ),
+    ],
+)
+def test_what_a_prepared_model_cannot_do_is_said(operation: Any, error: type[Exception], message: str) -> None:
+    fast = prepare(SiT(SiTConfig(tokens=6, channels=8, dim=64, depth=1, heads=2)), "fp32")
+    with pytest.raises(error, match=message):
+        operation(fast)
+    assert fast.eval() is fast
+    assert fast(X, T, Y).shape == X.shape
+
+
+X, T, Y = torch.randn(2, 6, 8), torch.rand(2), torch.tensor([1, 2])

@@ -1,3 +1,4 @@
+# Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 """attention_bf16 and its backward (csrc/cpu/attention*.cpp) against fp64, by the rule with torch's bf16 as the peer."""
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ the caller holds; `plan` computes modulations ahead of the steps that use them.
 
 Not supported: gradients and tangents, training-time label dropout and stochastic depth (the prepared model is in eval
 mode), state dicts, copies and pickling, `.to(device)`, torch.compile over packed weights; each says so. The original
-model is neither changed nor freed; the prepared one is a snapshot with its own weights: prepare again after training on.
+model is neither changed nor freed, the prepared one a snapshot with its own weights: prepare again after training on.
 An enclosing autocast changes nothing, the dtype is `prepare`'s. On CUDA nothing is packed: the same structure runs
 eagerly over the dense weights in the chosen dtype.
 """

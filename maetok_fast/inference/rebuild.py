@@ -104,14 +104,13 @@ def _scaled(linear: nn.Linear, gamma: Tensor | None, dtype: torch.dtype) -> Pack
 
 
 class _SplitModulation(nn.Module):
-    """One layer per part of a `Modulation`: each comes out contiguous instead of being copied, and only if asked for."""
+    """One layer per part of a `Modulation`: each comes out contiguous instead of being copied, if it is asked for."""
 
     def __init__(self, modulation: Modulation, count: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.parts = nn.ModuleList()
-        for weight, bias in zip(
-            modulation.linear.weight.chunk(count), modulation.linear.bias.chunk(count), strict=True
-        ):
+        linear = modulation.linear
+        for weight, bias in zip(linear.weight.chunk(count), linear.bias.chunk(count), strict=True):
             part = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
             part.weight = nn.Parameter(weight.detach().to(dtype, copy=True), requires_grad=False)
             part.bias = nn.Parameter(bias.detach().to(dtype, copy=True), requires_grad=False)
@@ -129,7 +128,7 @@ class _Added(nn.Module):
         return layer(y, add=x)
 
     def then_norm(
-        self, x: Tensor, layer: PackedLinear, y: Tensor, norm: nn.Module, *shift_scale: Tensor, offset: float = 1.0
+        self, x: Tensor, layer: PackedLinear, y: Tensor, norm: nn.Module, *shift_scale: Any, offset: float = 1.0
     ) -> tuple[Tensor, Tensor]:
         x = layer(y, add=x)
         return x, norm(x, *shift_scale, offset=offset)

@@ -22,6 +22,7 @@ resampled bicubically when the grid is not the trained one.
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ from maetok_fast.layers import unpatchify
 from maetok_fast.models.checkpoints import Pretrained
 from maetok_fast.models.checkpoints.maetok import MAETOK
 from maetok_fast.models.configs import MAETokConfig, ViTSize, grid_of
-from maetok_fast.models.vit import ViT
+from maetok_fast.models.vit import MoVQNorm, ViT
 from maetok_fast.positions import axial_frequencies, grid_positions, mixed_frequencies
 
 __all__ = ["Decoder", "Encoder", "MAETok"]
@@ -132,6 +133,19 @@ class Decoder(_Half):
         shape = (1, config.num_latent_tokens, dim)
         self.latent_pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(shape), std=0.02))
         self.to_pixel = ToPixel(dim, self.patch)
+        self._freeze_unreachable()
+
+    def _freeze_unreachable(self) -> None:
+        """What the public layout holds and no input reaches: without a gradient, which DDP would wait for."""
+        unused = [*self.model.patch_embed.parameters()]
+        if self.position != "absolute":
+            unused.append(self.model.pos_embed)
+        if not self.num_latent_tokens:
+            unused += [self.mask_token, self.latent_pos_embed]
+        elif self.movq:  # the final norm sees image tokens only, which no latent modulates
+            unused += cast(MoVQNorm, self.model.norm).adaLN_modulation.parameters()
+        for parameter in unused:
+            parameter.requires_grad_(False)
 
     @property
     def prefix(self) -> int:

@@ -77,11 +77,12 @@ class MoVQBlock(nn.Module):
     ) -> Tensor:
         """As `Block.forward`. Pruned to the image tokens, the second norm has no token that the latents modulate."""
         pruned = count is not None and first + count < x.shape[1]
-        shift_scale = self.adaLN_modulation.split(latents, 4, 2 if pruned else 4)
-        y = self.norm1(_distinct(x, prefix, equal), *shift_scale[:2], offset=0.0)
+        shift, scale, *second = self.adaLN_modulation.split(latents, 4, 2 if pruned else 4)
+        shift_mlp, scale_mlp = second if second else (None, None)
+        y = self.norm1(_distinct(x, prefix, equal), shift, scale, offset=0.0)
         y = self.attn.mix(y, rope, prefix=prefix, first_query=first, num_queries=count, equal=equal)
         x = _take(x, first, count)
-        x, y = self.residual.then_norm(x, self.attn.proj, y, self.norm2, *shift_scale[2:], offset=0.0)
+        x, y = self.residual.then_norm(x, self.attn.proj, y, self.norm2, shift_mlp, scale_mlp, offset=0.0)
         return self.residual(x, self.mlp.fc2, self.mlp.hidden(y))
 
 
@@ -97,7 +98,8 @@ class MoVQNorm(nn.Module):
         """`latents` None: x holds no modulated token, the norm is plain."""
         if latents is None:
             return self.norm(x)
-        return self.norm(x, *self.adaLN_modulation.split(latents, 2, 2), offset=0.0)
+        shift, scale = self.adaLN_modulation.split(latents, 2, 2)
+        return self.norm(x, shift, scale, offset=0.0)
 
 
 def _distinct(x: Tensor, prefix: int, equal: int | None) -> Tensor:
