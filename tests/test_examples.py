@@ -1,0 +1,46 @@
+# Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
+"""The examples run as their docstrings say."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from maetok_fast.kernels._triton import why_no_triton
+
+ROOT = Path(__file__).resolve().parent.parent
+TOY = "examples/add_an_op.py"
+
+
+def run(*command: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    return done.stdout
+
+
+@pytest.mark.skipif(why_no_triton("cpu") is not None, reason=str(why_no_triton("cpu")))
+def test_an_op_in_one_file_is_tested_timed_and_costed(tmp_path: Path) -> None:
+    """60 lines at most, and nothing else touched: the suite, the op benchmark and the cost report read the record."""
+    assert len((ROOT / TOY).read_text().splitlines()) <= 60
+    suite = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_ops.py", "--op-file", TOY)
+    counts = dict(reversed(part.split()[:2]) for part in suite.splitlines()[-1].replace("=", "").split(", "))
+    assert int(counts["passed"]) >= 20
+    assert "failed" not in counts
+    times = tmp_path / "times.json"
+    run("-m", "maetok_fast.cli", "bench", "ops", "--op-file", TOY, "--quick", "--no-compile", "--json", str(times))
+    rows = json.loads(times.read_text())["rows"]
+    assert {row["op"] for row in rows} == {"silu_residual"}
+    table = run("benchmarks/cost.py", "--op-file", TOY, TRITON_INTERPRET="0")
+    assert "silu_residual_kernel" in table
