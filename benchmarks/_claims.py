@@ -9,8 +9,10 @@ so the factors' product is the end-to-end ratio by construction. Every line carr
 
 from __future__ import annotations
 
+import argparse
 import math
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 MEASURED, COMPUTED, CITED = "measured", "computed", "cited"
 
@@ -95,3 +97,45 @@ CONVERGENCE = Factor(
     CITED,
     "fewer steps to REPA's quality: 76 / 9.0 (SiT-XL's counted FLOP ratio)",
 )
+
+
+def per_second(row: Any, name: str) -> float:
+    """Images/s of one measured part of a row; 0.0 where it was not measured."""
+    value = row.values.get(name) if row is not None else None
+    if value is None:
+        return 0.0
+    return (value.batch or 1) / value.value if name == "train_forward_backward" else 1e3 / value.value
+
+
+def claims_of(rows: dict[str, Any], counts: dict[str, float], args: argparse.Namespace, inside: int) -> list[Claim]:
+    """Both claims from a run's rows (_report.Row by key); one with a missing link is left out. Where the fast
+    precision is fp32 there is no precision factor. inside: steps that are guided within args.interval."""
+    many, fast = (args.res // 16) ** 2, args.dtype
+    keys = ["public-many-fp32", "public-few-fp32", f"public-few-{fast}", f"ours-few-{fast}"]
+    links = [
+        ("tokens", f"{many} -> {args.tokens} tokens, public code, fp32"),
+        ("precision", f"fp32 -> {fast}, public code"),
+        ("kernels", f"public code -> maetok_fast, {fast}, same work asked for"),
+    ]
+    if fast == "fp32":
+        del keys[2], links[1]
+    found = []
+    sampled = [per_second(rows.get(key), "step") for key in keys]
+    if all(sampled):
+        context = inference_context(counts["many"], counts["few"], (counts["vae_decode"], counts["decode"]), args.steps)
+        factors = chain(links, sampled)
+        if "sample" in rows[keys[-1]].values:
+            low, high = args.interval
+            note = (
+                f"both branches at all {args.steps} steps -> at the {inside} with t in [{low:g}, {high:g}]; public "
+                "samplers that skip the unused branch (REPA's) have this already"
+            )
+            ratio = rows[keys[-1]].values["sample"].value * args.steps / sampled[-1]
+            factors.append(Factor("guidance work", ratio, COMPUTED, note))
+        found.append(Claim("Sampling rate: the 31x claim", factors, context))
+    trained = [per_second(rows.get(key), "train_forward_backward") for key in keys]
+    if all(trained):
+        context = training_context(trained[-1] / trained[0], counts["many"] / counts["few"])
+        factors = [*chain(links, trained), CONVERGENCE]
+        found.append(Claim("Training to equal quality: the 76x claim", factors, context))
+    return found

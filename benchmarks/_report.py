@@ -1,5 +1,5 @@
 # Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
-"""What a run leaves behind: the printed table, the bar chart, the contact sheet and the JSON file.
+"""What a run leaves behind: the printed table, the contact sheet and the JSON file (the chart: _chart.py).
 
 Marks: a bare number was measured in this run; † was computed from measured parts or counts; ‡ is cited.
 """
@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from _claims import CITED, COMPUTED, MEASURED, Claim, Factor
+
+from benchmarks._claims import CITED, COMPUTED, MEASURED, Claim, Factor
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
 SIGNS = {MEASURED: "", COMPUTED: "†", CITED: "‡"}
-_COLOURS = {"public": "#9aa5b1", "compiled": "#5b8db8", "ours": "#d1495b"}
-_MARK_COLOURS = {MEASURED: "#2e7d5b", COMPUTED: "#c9a227", CITED: "#b0b7bf"}
 
 
 @dataclass(frozen=True)
@@ -160,71 +159,3 @@ def contact_sheet(
             for k, text in enumerate(("original", "reconstruction")):
                 draw.text((left + k * cell, head - line), text, fill="#555555", font=font)
     sheet.save(path)
-
-
-def bar_chart(path: Path, rows: Sequence[Row], claims: Sequence[Claim], title: str, subtitle: str) -> None:
-    """Rates of every row above, the claims' factors below; log axes, as the rates span orders of magnitude."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(16, 10), layout="constrained")
-    FigureCanvasAgg(figure)
-    top, bottom = figure.subfigures(2, 1, height_ratios=[1, 1])
-    figure.suptitle(f"{title}\n", fontsize=15, fontweight="bold")
-    figure.text(0.5, 0.955, subtitle, ha="center", fontsize=10, color="#444444")
-    left, middle, right = top.subplots(1, 3)
-    _rate_bars(left, rows, ["sample"], "Sampling, guided († computed from measured steps)")
-    _rate_bars(middle, rows, ["train"], "Training († computed from measured parts)")
-    _rate_bars(right, rows, ["encode", "decode"], "Tokenizer, measured")
-    for axes in (middle, right):
-        axes.set_ylabel("")
-    for axes, claim in zip(bottom.subplots(1, len(claims), squeeze=False)[0], claims, strict=True):
-        _factor_bars(axes, claim)
-    figure.savefig(path, dpi=100)
-
-
-def _rate_bars(axes: Any, rows: Sequence[Row], names: list[str], title: str) -> None:
-    bars = [(row, name) for row in rows for name in names if name in row.values]
-    labels = [row.label if len(names) == 1 else f"{row.label}\n{name}" for row, name in bars]
-    values = [row.values[name].value for row, name in bars]
-    axes.set_title(title, fontsize=11)
-    axes.set_xlabel("images/s")
-    if not values:
-        axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes)
-        return
-    axes.barh(range(len(bars)), values, color=[_COLOURS[row.style] for row, _ in bars])
-    axes.set_yticks(range(len(bars)), labels, fontsize=9)
-    axes.invert_yaxis()
-    axes.set_xscale("log")
-    axes.set_xlim(min(values) / 2, max(values) * 6)
-    for i, (row, name) in enumerate(bars):
-        axes.text(values[i] * 1.08, i, row.values[name].text(), va="center", fontsize=9)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _factor_bars(axes: Any, claim: Claim) -> None:
-    """A multiplicative waterfall: each bar starts where the product so far stands."""
-    product = 1.0
-    labels = []
-    for i, factor in enumerate(claim.factors):
-        after = product * factor.ratio
-        axes.barh(i, after - product, left=product, color=_MARK_COLOURS[factor.mark])
-        axes.text(max(product, after) * 1.06, i, f"x {number(factor.ratio)}", va="center", fontsize=10)
-        labels.append(f"{factor.name}\n({factor.mark})")
-        product = after
-    count = len(claim.factors)
-    axes.barh(count, product - 1, left=1.0, color="#3a4a5b")
-    axes.text(product * 1.06, count, f"{number(product)}x", va="center", fontsize=10, fontweight="bold")
-    cited = next((line.ratio for line in claim.context if line.mark == CITED), None)
-    if cited is not None:
-        axes.axvline(cited, color="#888888", linestyle="--", linewidth=1)
-        axes.text(
-            cited, count + 0.62, f"paper: {number(cited)}x ", ha="right", va="center", fontsize=9, color="#555555"
-        )
-    axes.set_yticks(range(count + 1), [*labels, f"product\n({claim.mark})"], fontsize=9)
-    axes.set_ylim(count + 0.9, -0.6)
-    axes.set_xscale("log")
-    axes.set_xlim(0.8, max(product, cited or 1) * 2.2)
-    axes.set_xlabel("times the rate of the 1024-token baseline, cumulative (log scale)")
-    axes.set_title(claim.title, fontsize=11)
-    axes.spines[["top", "right"]].set_visible(False)

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from baselines import load_needed
-from baselines import maetok as plain_maetok
-from baselines import sit as plain_sit
-from baselines.sdvae import SDVAEDecoder
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.baselines import load_needed
+from benchmarks.baselines import maetok as plain_maetok
+from benchmarks.baselines import sit as plain_sit
+from benchmarks.baselines.sdvae import SDVAEDecoder
 from maetok_fast.diffusion import LINEAR, sample_times
 
 CLASSES = 1000

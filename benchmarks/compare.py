@@ -5,11 +5,12 @@
     python benchmarks/compare.py --base REF      against any commit, LIMIT for all
     python benchmarks/compare.py --quick --self-test      what .ci/run does
     python benchmarks/compare.py --write         make HEAD the base; floors from the noise measured now
+    python benchmarks/compare.py --add OP        floors of one op; the base of all others stands still
     python benchmarks/compare.py --prove 20      that many clean runs and as many with a planted slowdown: counts
 
     base commit ── git archive ── its kernels/ as the package maetok_base, its csrc/ built (or the library of today
     copied, where csrc/ is the same) ──┐
-    head: this maetok_fast ────────────┴── worker process: both packages, the same tensors, interleaved ── gate.py
+    head: this maetok_fast ────────────┴── worker process: both packages, the same tensors, interleaved ── _gate.py
 
 Compared are the launchers (`Backend.forward`, `Backend.backward`) of what dispatch takes on this device, on one image
 of the cheapest real sample of every op: in the cache and on one thread a kernel's own speed shows best, and a busy
@@ -24,205 +25,27 @@ import importlib
 import json
 import math
 import os
-import shutil
+import re
 import statistics
 import subprocess
 import sys
-import tarfile
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from maetok_fast.bench import gate
+sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks import _cli
+from benchmarks import _gate as gate
+from benchmarks._base import BASE_NAME, ROOT, Unusable, base_tree, git
+from benchmarks._pairs import LOST, pairs
+
 FLOORS = Path(__file__).with_name("floors.json")
-BASE_NAME = "maetok_base"
 PLANT = 1.10
-LOST = "the base has a kernel here and today's dispatch takes the reference"
 Results = dict[str, gate.Measured]
-
-
-class Unusable(Exception):
-    """Why nothing can be compared, in words."""
-
-
-# ---- the base
-
-
-def git(*args: str) -> bytes:
-    done = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, check=False)
-    if done.returncode != 0:
-        raise Unusable(f"git {' '.join(args)}: {done.stderr.decode(errors='replace').strip()}")
-    return done.stdout
-
-
-def base_tree(ref: str, cache: Path) -> Path:
-    """The folder to put on the path so that `maetok_base.kernels` is the op library of commit `ref`; made once a
-    commit. Raises Unusable when the commit is not here or does not build."""
-    try:
-        commit = git("rev-parse", "--verify", f"{ref}^{{commit}}").decode().strip()
-    except Unusable as error:
-        raise Unusable(f"the base {ref} is not in this clone (fetch it, or give --base): {error}") from None
-    tree = cache / commit
-    if (tree / BASE_NAME / "kernels" / "__init__.py").exists():
-        return tree
-    tree.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=tree) as folder:
-        source = Path(folder) / "source"
-        with tarfile.open(fileobj=BytesIO(git("archive", commit))) as archive:
-            archive.extractall(source, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
-        _library(source)
-        package = Path(folder) / BASE_NAME
-        shutil.copytree(source / "kernels", package / "kernels")
-        (package / "__init__.py").write_text("")
-        for path in (package / "kernels").glob("**/*.py"):
-            # its own names in torch.ops, in logging and in its name guard
-            path.write_text(path.read_text().replace("maetok_fast", BASE_NAME))
-        shutil.rmtree(tree / BASE_NAME, ignore_errors=True)
-        package.rename(tree / BASE_NAME)
-    return tree
-
-
-def _library(source: Path) -> None:
-    """The base's native library beside its kernels: today's file where its sources are today's, else built."""
-    from maetok_fast.kernels import _native
-
-    target = source / "kernels" / "_csrc.so"
-    if _native.why_missing() is not None:
-        return  # no native library on this machine: nothing native is compared
-    if _sources(source) == _sources(ROOT):
-        shutil.copy(_native._LIBRARY, target)
-        return
-    import torch
-
-    cuda = {} if torch.cuda.is_available() else {"MAETOK_FAST_CUDA": "0"}
-    done = subprocess.run(
-        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
-        cwd=source,
-        env=os.environ | cuda,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0 or not target.exists():
-        raise Unusable(f"the base's native library does not build:\n{(done.stdout + done.stderr).strip()[-2000:]}")
-
-
-def _sources(root: Path) -> dict[str, bytes]:
-    files = [root / "setup.py", *sorted((root / "csrc").rglob("*"))]
-    return {str(path.relative_to(root)): path.read_bytes() for path in files if path.is_file()}
-
-
-# ---- what is compared
-
-
-def pairs(
-    head: dict[str, Any], base: dict[str, Any], drives: Sequence[Any], device: Any, dtypes: Sequence[str]
-) -> Iterator[tuple[str, Any, Any]]:
-    """(key, head's call, base's call) of every op that both have, or (key, None, why not). drives: head's and base's
-    module `_drive`."""
-    for name, op in sorted(head.items()):
-        if name not in base:
-            yield name, None, "not in the base"
-            continue
-        sample = cheapest(op)
-        if sample is None:
-            yield name, None, "no real sample"
-            continue
-        for dtype in dtypes:
-            try:
-                sides = [launchers(o, d, sample, dtype, device) for o, d in zip((op, base[name]), drives)]
-            except (
-                Exception
-            ) as error:  # a signature that changed, a base that refuses: no comparison, and the gate says so
-                yield (
-                    f"{name} | {dtype}",
-                    None,
-                    f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-                )
-                continue
-            for direction in ("forward", "backward"):
-                key = f"{name} | {sample.label} | {dtype} | {direction}"
-                calls = [side.get(direction) for side in sides]
-                if None not in calls:
-                    yield key, *calls
-                elif any(calls):
-                    yield key, None, LOST if calls[0] is None else "the base runs the reference here"
-                elif not sides[0]:
-                    yield key, None, "the reference runs here"
-
-
-def cheapest(op: Any) -> Any:
-    """The real sample with the least to do, by its cost on meta tensors."""
-    import torch
-
-    def work(sample: Any) -> float:
-        cost = op.cost(
-            **sample.make(lambda *shape, dtype=torch.bfloat16: torch.empty(shape, dtype=dtype, device="meta"))
-        )
-        return cost.bytes + cost.flops / 20  # bytes and FLOPs of one time on a CPU core, roughly
-
-    return min((sample for sample in op.samples if sample.real), key=work, default=None)
-
-
-def launchers(op: Any, drive: Any, sample: Any, dtype: str, device: Any) -> dict[str, Callable[[], Any]]:
-    """direction -> call of the launchers that dispatch takes here; {} where it takes the reference. drive: the module
-    `_drive` of the op's own library."""
-    made = one_image(op, sample, dtype, device)
-    a = op.arguments(**made)
-    chosen = op.choose(**made)
-    if chosen == "reference":
-        return {}
-    calls: dict[str, Callable[[], Any]] = {"forward": lambda: drive.launch(op, chosen, a)}
-    if op.backend(chosen).backward is not None:
-        results = drive.launch(op, chosen, a)
-        calls["backward"] = lambda: drive.launch_backward(op, chosen, a, results)
-    return calls
-
-
-_MADE: dict[Any, dict[str, Any]] = {}
-
-
-def one_image(op: Any, sample: Any, dtype: str, device: Any) -> dict[str, Any]:
-    """The sample's arguments, with a batch of 1 where the op accepts that; the same tensors for both sides."""
-    import torch
-
-    from maetok_fast.bench.machine import DTYPES
-
-    key = (op.name, sample.label, dtype)
-    if key in _MADE:
-        return _MADE[key]
-    for one in (True, False):
-        generator = torch.Generator().manual_seed(0)
-        batch: list[int] = []  # the leading size of the first tensor of two or more dimensions
-
-        def randn(
-            *shape: int,
-            dtype: Any = DTYPES[dtype],
-            one: bool = one,
-            batch: list[int] = batch,
-            generator: Any = generator,
-        ) -> Any:
-            if len(shape) > 1:
-                batch.append(shape[0])
-                shape = (1, *shape[1:]) if one and shape[0] == batch[0] else shape
-            return torch.randn(*shape, generator=generator).to(device, dtype)
-
-        try:
-            made = sample.make(randn)
-            op.arguments(**made)
-        except (ValueError, TypeError, RuntimeError, IndexError):
-            if not one:
-                raise
-            continue
-        break
-    _MADE[key] = made
-    return made
+Found = tuple[Results, dict[str, str]]  # measured pairs; what was not compared, and why
 
 
 # ---- one process
@@ -243,9 +66,10 @@ def worker(args: argparse.Namespace) -> int:
     keep_freed_memory(device)
     plants = dict(plant.split("=") for plant in args.plant)
     wanted = set(json.loads(args.only)) if args.only else None
+    mine = {name: op for name, op in ops().items() if not args.ops or name in args.ops}
     seed = int.from_bytes(os.urandom(4), "little")
     with torch.no_grad():
-        for key, head, other in pairs(ops(), base.ops(), drives, device, args.dtype):
+        for key, head, other in pairs(mine, base.ops(), drives, device, args.dtype):
             if head is None:
                 print(json.dumps({"key": key, "why": other}), flush=True)
                 continue
@@ -266,10 +90,11 @@ def process(
     only: Sequence[str] | None = None,
     scale: float = 1.0,
     plant: Sequence[str] = (),
-) -> tuple[Results, dict[str, str]]:
-    """A fresh worker process: (measured pairs, what was not compared and why)."""
+    ops: Iterable[str] = (),
+) -> Found:
+    """A fresh worker process over these ops (all of them by default)."""
     command = [sys.executable, __file__, "--worker", "--tree", str(tree), "--device", args.device]
-    command += ["--seconds", str(args.seconds * scale), "--dtype", *args.dtype, "--plant", *plant]
+    command += ["--seconds", str(args.seconds * scale), "--dtype", *args.dtype, "--plant", *plant, "--ops", *ops]
     command += ["--only", json.dumps(list(only))] if only is not None else []
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -288,7 +113,7 @@ def process(
 
 
 def run(
-    measure: Callable[[Sequence[str] | None, float], tuple[Results, dict[str, str]]],
+    measure: Callable[[Sequence[str] | None, float], Found],
     limits: dict[str, float],
     known: set[str] | None = None,
 ) -> tuple[dict[str, gate.Verdict], dict[str, str]]:
@@ -333,11 +158,54 @@ def make_floors(commit: str, rounds: Sequence[Results]) -> dict[str, Any]:
     return {"schema": 1, "base": commit, "floors": floors, "left_out": left_out}
 
 
+def with_op(stored: dict[str, Any], op: str, found: dict[str, Any], in_base: bool) -> dict[str, Any]:
+    """The stored floors with one op's replaced by `found` (of make_floors). An op that the stored base does not have
+    yet is held against the commit of `found`, noted under "later"; every other floor and the base stay."""
+    out = dict(stored)
+    for part in ("floors", "left_out"):
+        kept = {key: value for key, value in stored[part].items() if key.split(" | ")[0] != op}
+        out[part] = dict(sorted({**kept, **found[part]}.items()))
+    later = {name: commit for name, commit in stored.get("later", {}).items() if name != op}
+    later |= {} if in_base else {op: found["base"]}
+    return {key: value for key, value in out.items() if key != "later"} | ({"later": later} if later else {})
+
+
+def bases(floors: dict[str, Any], names: Iterable[str]) -> dict[str, list[str]]:
+    """Base commit -> the ops that are held against it."""
+    later = floors.get("later", {})
+    out: dict[str, list[str]] = {floors["base"]: [name for name in names if name not in later]}
+    for name in names:
+        if name in later:
+            out.setdefault(later[name], []).append(name)
+    return out
+
+
+def over_bases(
+    groups: dict[str, list[str]], tree_of: Callable[[str], Path], measure: Callable[[Path, list[str]], Found]
+) -> Found:
+    """One process for each base, together. The first base must be there; ops of a later one that is not are skipped."""
+    results: Results = {}
+    skipped: dict[str, str] = {}
+    for i, (commit, names) in enumerate(groups.items()):
+        try:
+            tree = tree_of(commit)
+        except Unusable as error:
+            if i == 0:
+                raise
+            skipped |= dict.fromkeys(names, str(error).splitlines()[0])
+            continue
+        if names:
+            found, missed = measure(tree, names)
+            results |= found
+            skipped |= missed
+    return results, skipped
+
+
 # ---- the command
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--base", metavar="REF", help="commit to compare with (default: the base of floors.json, with its floors)")
     add("--write", action="store_true", help="make HEAD the base and store floors from the noise measured now")
@@ -347,6 +215,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="N clean runs and N with every op slowed by 10 %%: false alarms and misses",
     )
+    add("--add", metavar="OP", help="store floors of one op from the noise measured now; the base stays")
     add("--quick", action="store_true", help="bf16 only, shorter")
     add("--self-test", action="store_true", help="after the gate, slow every op by 10 %% and see each one caught")
     add("--no-static", action="store_true", help="leave the static costs of the GPU kernels out")
@@ -358,12 +227,19 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--worker", action="store_true", help=argparse.SUPPRESS)
     add("--tree", type=Path, help=argparse.SUPPRESS)
     add("--only", help=argparse.SUPPRESS)
+    add("--ops", nargs="*", default=[], help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.dtype = args.dtype or (["bf16"] if args.quick else ["fp32", "bf16"])
-    args.seconds = args.seconds or (0.5 if args.quick else 1.0)
+    args.seconds = (0.5 if args.quick else 1.0) if args.seconds is None else args.seconds
+    if not 0 < args.seconds < math.inf:
+        parser.error(f"--seconds expects a time above 0, got {args.seconds}")
+    _cli.device(parser, args.device)
+    _cli.output(parser, "--cache", args.cache, folder=True)
+    if args.add and args.write:
+        parser.error("give --add or --write, not both: --write stores every op")
     for plant in args.plant:
         name, _, factor = plant.partition("=")
-        if not name or not factor.replace(".", "", 1).isdigit() or float(factor) < 1:
+        if not name or not re.fullmatch(r"\d+(\.\d*)?", factor) or float(factor) < 1:
             parser.error(f"--plant expects OP=FACTOR with a factor of at least 1, got {plant!r}")
     if args.prove is not None and args.prove < 1:
         parser.error(f"--prove expects a number of runs of at least 1, got {args.prove}")
@@ -385,13 +261,22 @@ def command(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     if args.write:
         return write(args)
+    if args.add:
+        return add(args)
     floors = {"base": args.base, "floors": None} if args.base else load_floors()
-    tree = base_tree(floors["base"], args.cache)
+    groups = bases(floors, sorted(op_names()))
     limits = {key: 1 / floor for key, floor in (floors["floors"] or {}).items()}
     known = None if floors["floors"] is None else set(limits)
 
     def one(plant: Sequence[str]) -> tuple[dict[str, gate.Verdict], dict[str, str]]:
-        return run(lambda only, scale: process(args, tree, only=only, scale=scale, plant=plant), limits, known)
+        def measure(only: Sequence[str] | None, scale: float) -> Found:
+            return over_bases(
+                groups,
+                lambda commit: base_tree(commit, args.cache),
+                lambda tree, names: process(args, tree, only=only, scale=scale, plant=plant, ops=names),
+            )
+
+        return run(measure, limits, known)
 
     if args.prove:
         return prove(args.prove, one)
@@ -425,7 +310,9 @@ def lost(
     named = tuple(skipped)
     for key in limits:
         if key.split(" | ")[2] in dtypes and key not in verdicts and not (named and key.startswith(named)):
-            out.append(f"{key}: has a floor and was not measured; if that is meant, run compare.py --write")
+            out.append(
+                f"{key}: has a floor and was not measured; if that is meant, run compare.py --add {key.split(' | ')[0]}"
+            )
     return out if verdicts or skipped else []
 
 
@@ -443,18 +330,45 @@ def report(verdicts: dict[str, gate.Verdict], skipped: dict[str, str], base: str
         print(f"not compared: {key}: {why}")
 
 
-def write(args: argparse.Namespace) -> int:
-    """Five processes that compare HEAD with itself say how noisy each pair is."""
+def op_names() -> list[str]:
+    from maetok_fast.kernels import ops
+
+    return list(ops())
+
+
+def noise_of_head(args: argparse.Namespace, ops: Sequence[str] = ()) -> dict[str, Any]:
+    """make_floors of five processes that compare HEAD with itself."""
     if git("status", "--porcelain", "--", "kernels", "csrc", "setup.py").strip():
         raise Unusable("commit the changes in kernels/ and csrc/ first: the base must be a commit")
     commit = git("rev-parse", "HEAD").decode().strip()
     tree = base_tree(commit, args.cache)
-    found = make_floors(commit, [process(args, tree)[0] for _ in range(5)])
-    FLOORS.write_text(json.dumps(found, indent=1) + "\n")
-    print(f"wrote {FLOORS.name}: {len(found['floors'])} floors, base {commit[:12]}")
+    return make_floors(commit, [process(args, tree, ops=ops)[0] for _ in range(5)])
+
+
+def store(floors: dict[str, Any], found: dict[str, Any]) -> int:
+    FLOORS.write_text(json.dumps(floors, indent=1) + "\n")
+    print(f"wrote {FLOORS.name}: {len(found['floors'])} floors, base {floors['base'][:12]}")
     for key, noise in found["left_out"].items():
         print(f"left out, too noisy to see 10 %: {key} (sigma {noise:.1%})")
     return 0
+
+
+def write(args: argparse.Namespace) -> int:
+    """HEAD becomes the base of every op."""
+    found = noise_of_head(args)
+    return store(found, found)
+
+
+def add(args: argparse.Namespace) -> int:
+    """Floors of one op. Where the stored base has it, it is held against that; else against HEAD."""
+    stored = load_floors()
+    if args.add not in op_names():
+        raise Unusable(f"--add {args.add}: no such op, expected one of {', '.join(sorted(op_names()))}")
+    found = noise_of_head(args, [args.add])
+    if not found["floors"] and not found["left_out"]:
+        raise Unusable(f"--add {args.add}: nothing to store, the reference runs here or no sample is real")
+    _, skipped = process(args, base_tree(stored["base"], args.cache), only=[], ops=[args.add])
+    return store(with_op(stored, args.add, found, in_base=args.add not in skipped), found)
 
 
 def prove(count: int, one: Callable[[Sequence[str]], tuple[dict[str, gate.Verdict], dict[str, str]]]) -> int:

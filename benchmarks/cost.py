@@ -25,29 +25,37 @@ launches per call may not grow.
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-TABLE = Path(__file__).with_name("cost.json")
-PAGE = Path(__file__).with_name("COST.md")
-ARCHS = (80, 90, 100)
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import _cli
+from benchmarks._cost_table import (
+    ARCHS,
+    COLUMNS,
+    PAGE,
+    TABLE,
+    Report,
+    Row,
+    broken_rules,
+    load,
+    markdown,
+    regressions,
+    save,
+)
+from benchmarks._nvcc import CSRC, add_cuda
+
 MMA = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA|QGMMA|QMMA|IMMA)\b")
-TENSOR_CORE = ("attention_fwd", "attention_bwd_dq", "attention_bwd_dkdv")  # must use them in 16 bits
-COLUMNS = ("registers", "spill", "shared", "mma")
-CSRC = Path(__file__).resolve().parent.parent / "csrc"
-CUDA = " [CUDA C++]"  # closes the label of a row that nvcc compiled
 
 
 @dataclass(frozen=True)
@@ -74,44 +82,6 @@ class Launch:
         return (
             f"{self.kernel.strip(chr(95))} ({kind} x{pointers} {brief} warps={self.num_warps} stages={self.num_stages})"
         )
-
-
-@dataclass
-class Row:
-    """What one launch costs on one architecture."""
-
-    launch: str
-    op: str
-    direction: str
-    arch: int
-    registers: int = 0
-    spill: int = 0
-    shared: int = 0
-    mma: int = 0
-    serialised: bool = False
-    error: str = ""
-
-    @property
-    def key(self) -> str:
-        return f"{self.launch} sm_{self.arch}"
-
-    @property
-    def cuda(self) -> bool:
-        """Whether nvcc compiled it, not Triton."""
-        return self.launch.endswith(CUDA)
-
-
-@dataclass
-class Report:
-    """nvcc: the version that compiled the CUDA C++ rows, "" where there are none. unchecked: why these were taken over
-    from the stored table, if they were. missed: rows of the tile table that nothing reached. Neither is stored."""
-
-    triton: str
-    rows: list[Row] = field(default_factory=list)
-    launches: dict[str, int] = field(default_factory=dict)
-    nvcc: str = ""
-    unchecked: str = ""
-    missed: list[str] = field(default_factory=list)
 
 
 def extra_samples(op: str) -> list[Any]:
@@ -285,94 +255,6 @@ def _assemble(ptx: str, arch: int, cubin: bytes) -> tuple[str, str]:
     return log.stderr + log.stdout, sass
 
 
-def find_nvcc() -> str | None:
-    """nvcc as setup.py would find it on this machine, or None."""
-    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    candidates = [*(str(Path(home) / "bin" / "nvcc") for home in homes), "nvcc", "/usr/local/cuda/bin/nvcc"]
-    return next((found for found in map(shutil.which, candidates) if found), None)
-
-
-def nvcc_version(nvcc: str) -> str:
-    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"V(\d[\d.]*)", text)
-    return found.group(1) if found else "unknown"
-
-
-def compile_cuda(source: Path, nvcc: str, archs: tuple[int, ...]) -> list[Row]:
-    """The rows of one .cu file: one for each instantiated kernel and architecture. A failure becomes Row.error."""
-    from tvm_ffi.libinfo import find_dlpack_include_path, find_include_path
-
-    with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(
-            [
-                nvcc, "-std=c++17", "-O3", "-Xptxas", "-v", *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs),
-                f"-I{CSRC}", f"-I{find_include_path()}", f"-I{find_dlpack_include_path()}", '-DMF_CUDA_ARCHS=""',
-                "-c", source, "-o", Path(folder) / "o",
-            ],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-    if done.returncode != 0:
-        lines = (done.stderr + done.stdout).strip().splitlines()
-        first = next((line for line in lines if "error" in line), lines[-1] if lines else "no output")
-        return [Row(f"{source.name}{CUDA}", source.stem, "forward", arch, error=first) for arch in archs]
-    return parse_ptxas(done.stderr + done.stdout, source.stem)
-
-
-def parse_ptxas(log: str, op: str) -> list[Row]:
-    """What `ptxas -v` printed, as rows; a kernel's direction is in its name. Shared memory is the static part."""
-    rows = []
-    for part in re.split(r"Compiling entry function ", log)[1:]:
-        name = re.match(r"'(\w+)' for 'sm_(\d+)a?'", part)
-        if name is None:
-            continue
-        row = Row(name.group(1), op, "backward" if "_bwd" in name.group(1) else "forward", int(name.group(2)))
-        row.registers = max((int(n) for n in re.findall(r"Used (\d+) registers", part)), default=0)
-        row.spill = sum(int(n) for n in re.findall(r"(\d+) bytes spill", part))
-        row.shared = max((int(n) for n in re.findall(r"(\d+) bytes smem", part)), default=0)
-        rows.append(row)
-    for row, name in zip(rows, demangle([row.launch for row in rows])):
-        row.launch = name + CUDA
-    return rows
-
-
-def demangle(names: list[str]) -> list[str]:
-    """kernel<types> without namespaces and arguments; the names as they are where there is no c++filt."""
-    if not names or shutil.which("c++filt") is None:
-        return names
-    done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
-    out = []
-    for line in done.stdout.splitlines():
-        line = re.sub(r"\(anonymous namespace\)::|\b\w+::", "", line.replace("void ", "", 1))
-        depth, end = 0, len(line)
-        for i, c in enumerate(line):  # up to the argument list
-            depth += (c == "<") - (c == ">")
-            if c == "(" and depth == 0:
-                end = i
-                break
-        out.append(line[:end])
-    return out
-
-
-def add_cuda(report: Report, progress: Callable[[str], None], only: str, archs: tuple[int, ...]) -> None:
-    """The CUDA C++ rows, compiled or, without nvcc, taken over unchecked."""
-    sources = [p for p in sorted(CSRC.glob("cuda/*.cu")) if p.stem != "info" and only in p.read_text()]
-    nvcc = find_nvcc()
-    if nvcc is None:
-        stored = load() if TABLE.exists() else Report("")
-        report.nvcc, report.unchecked = (
-            stored.nvcc,
-            "nvcc was not found: the CUDA C++ rows are the stored ones, unchecked",
-        )
-        report.rows += [row for row in stored.rows if row.cuda and only in row.launch and row.arch in archs]
-        return
-    report.nvcc = nvcc_version(nvcc)
-    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-        for rows in pool.map(lambda source: compile_cuda(source, nvcc, archs), sources):
-            report.rows += [row for row in rows if only in row.launch or row.error]
-            for row in rows:
-                progress(row.key)
-
-
 def missed_tiles(reached: set[tuple[Any, ...]]) -> list[str]:
     """Rows of the tile table that no recorded launch used."""
     from maetok_fast.kernels._tiles import ATTENTION_TILES
@@ -406,83 +288,14 @@ def build(
     return report
 
 
-def broken_rules(report: Report) -> list[str]:
-    """What is wrong with a report by itself, one sentence each."""
-    out = list(report.missed)
-    for row in report.rows:
-        if row.error:
-            out.append(f"{row.key}: does not compile: {row.error}")
-        elif row.spill:
-            out.append(f"{row.key}: spills {row.spill} bytes")
-        elif any(name in row.launch for name in TENSOR_CORE) and "(fp32" not in row.launch and not row.mma:
-            out.append(f"{row.key}: no tensor-core instructions")
-        if row.serialised:
-            out.append(f"{row.key}: ptxas serialises wgmma (C7515)")
-    return out
-
-
-def regressions(now: Report, before: Report, slack: float = 0.10) -> list[str]:
-    """Where `now` is worse than the stored report. Rows of another Triton or nvcc version are not compared."""
-    out = []
-    old = {row.key: row for row in before.rows}
-    for row in now.rows:
-        if (now.nvcc == before.nvcc) if row.cuda else (now.triton == before.triton):
-            stored = old.get(row.key)
-            if stored is None:
-                out.append(f"{row.key}: not in {TABLE.name}; run python benchmarks/cost.py --write")
-                continue
-            for column in ("registers", "spill", "shared"):
-                is_, was = getattr(row, column), getattr(stored, column)
-                if is_ > was * (1 + slack):
-                    out.append(f"{row.key}: {column} {was} -> {is_} (over {slack:.0%})")
-            if stored.mma and not row.mma:
-                out.append(f"{row.key}: tensor-core instructions {stored.mma} -> 0")
-    for key, count in now.launches.items():
-        if count > before.launches.get(key, count):
-            out.append(f"{key}: launches {before.launches[key]} -> {count}")
-    return out
-
-
-def load(path: Path = TABLE) -> Report:
-    raw = json.loads(path.read_text())
-    return Report(raw["triton"], [Row(**row) for row in raw["rows"]], raw["launches"], raw.get("nvcc", ""))
-
-
-def save(report: Report, path: Path = TABLE) -> None:
-    stored = {k: v for k, v in asdict(report).items() if k not in ("unchecked", "missed") and (v or k != "nvcc")}
-    text = json.dumps(stored, indent=None, separators=(", ", ": "))
-    path.write_text(text.replace("}, {", "},\n{").replace('"rows": [', '"rows": [\n').replace("}], ", "}],\n") + "\n")
-
-
-def markdown(report: Report) -> str:
-    """The table as a page: one line a kernel, registers / spilled bytes / shared bytes / tensor-core instructions."""
-    lines = [
-        "# What the GPU kernels cost",
-        "",
-        f"Printed by `python benchmarks/cost.py --write` (Triton {report.triton}"
-        + (f", nvcc {report.nvcc}" if report.nvcc else "")
-        + "), held by `tests/test_cost.py` and",
-        "`--check`. Each cell: registers a thread / bytes spilled / shared memory a block in bytes / tensor-core",
-        "instructions; compiled for the models' real shapes, no GPU involved, so nothing here is a speed.",
-        "",
-        "| kernel | sm_80 | sm_90 | sm_100 |",
-        "|---|---|---|---|",
-    ]
-    cells: dict[tuple[str, str], dict[int, str]] = {}
-    for row in report.rows:
-        cell = f"{row.registers} / {row.spill} / {row.shared} / {row.mma}"
-        cells.setdefault((row.op, row.launch), {})[row.arch] = cell
-    lines += [
-        f"| {launch} | " + " | ".join(by_arch.get(arch, "") for arch in ARCHS) + " |"
-        for (_, launch), by_arch in cells.items()
-    ]
-    lines += ["", "| op | direction | shape | launches |", "|---|---|---|---|"]
-    lines += [f"| {key} | {count} |" for key, count in report.launches.items()]
-    return "\n".join(lines) + "\n"
+def _written(text: str) -> bool:
+    """Whether a kernel of this name is in the sources, stored or not."""
+    files = [*(CSRC.parent / "kernels").glob("*.py"), *CSRC.glob("cuda/*.cu")]
+    return any(re.search(rf"\w*{re.escape(text)}\w*\(", path.read_text()) for path in files)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser = _cli.Parser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--write", action="store_true", help=f"store the table in {TABLE.name}")
     parser.add_argument("--check", action="store_true", help="fail on a broken rule or a regression")
     parser.add_argument("--only", default="", help="only kernels whose name contains this")
@@ -491,6 +304,9 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("unset TRITON_INTERPRET: the interpreter and the compiler cannot share a process")
     if args.write and args.only:
         parser.error("--write stores the whole table: leave --only out")
+
+    if args.only and not any(args.only in row.launch for row in load().rows) and not _written(args.only):
+        parser.error(f"--only {args.only}: no kernel has this in its name")
 
     from rich.console import Console
     from rich.markup import escape

@@ -6,6 +6,7 @@
     python benchmarks/models.py linear                  packed linear layers at both models' shapes
 
 Every peer computes the same outputs from the same weights; medians, the peers in turn, the GEMM ceilings among them.
+Tables come in the order asked for, each within its share of --budget: what does not fit is left out and named.
 `--json FILE` writes the numbers with the machine's description.
 """
 
@@ -15,8 +16,7 @@ import argparse
 import json
 import math
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +25,21 @@ import torch._inductor.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from baselines import load_needed
-from baselines.maetok import MAETok as PlainMAETok
-from baselines.sit import SiT as PlainSiT
-
+from benchmarks import _cli
+from benchmarks.baselines import load_needed
+from benchmarks.baselines.maetok import MAETok as PlainMAETok
+from benchmarks.baselines.sit import SiT as PlainSiT
+from maetok_fast.bench.budget import Budget, Speed, calibrate
 from maetok_fast.bench.machine import DTYPES, copy_bandwidth, describe, headline, matmul
 from maetok_fast.bench.timing import interleave
 
 Cases = dict[str, Callable[[], Any]]
 Row = dict[str, Any]
-GEMM_TFLOP = 2 * 4096**3 / 1e12
+GEMM_SIZES = (4096, 2048, 1024)
+COMPILE_SECONDS = 30.0  # of a whole model, before this machine's own is known
+PLAIN = "plain torch, eager"
 AHEAD = "  modulations of 8 steps ahead"
 NO_RATE = (AHEAD,)  # other work than the table's
 # model -> tokens per image, (layer, in, out)
@@ -47,61 +50,108 @@ LINEAR_SHAPES = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["sit", "tokenizer", "linear"])
-    parser.add_argument("--batch", type=int, nargs="+", default=[4])
-    parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--size", type=int, default=256, help="image size of the tokenizer")
-    parser.add_argument("--depth", type=int, help="fewer blocks, for a quick look")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--seconds", type=float, default=40.0, help="time per table")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile's rows out")
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = _cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("what", choices=["sit", "tokenizer", "linear"])
+    add("--batch", type=_cli.count, nargs="+", default=[4])
+    add("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="default: the fastest at full rate here")
+    add("--device", default="cpu")
+    add("--size", type=_cli.count, default=256, help="image size of the tokenizer, a multiple of 16 (default 256)")
+    add("--depth", type=_cli.count, help="fewer blocks, for a quick look")
+    add("--rounds", type=_cli.count, default=9)
+    add("--budget", type=_cli.seconds, default=240.0, metavar="SECONDS", help="time for all tables (default 240)")
+    add("--no-compile", action="store_true", help="leave torch.compile's rows out")
+    add("--json", type=Path)
+    args = parser.parse_args(argv)
+    if args.size % 16:
+        parser.error(f"--size must be a multiple of 16 (the patch), got {args.size}")
+    args.dtype = _cli.dtype(args.dtype, _cli.device(parser, args.device))
+    if args.dtype == "fp16":
+        parser.error("--dtype auto: this device computes fp16 at full rate and not bf16; give --dtype bf16 or fp32")
+    _cli.output(parser, "--json", args.json)
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
     torch.manual_seed(0)
-    device = torch.device(args.device)
+    device, budget = torch.device(args.device), Budget(args.budget)
     machine = describe(device) | {"copy_gb_s": copy_bandwidth(device)}
-    print(f"{headline(machine)}; copy {machine['copy_gb_s']:.1f} GB/s")
+    print(f"{headline(machine)}; copy {machine['copy_gb_s']:.1f} GB/s; {args.dtype}")
+    speed = calibrate(device, (args.dtype,))
+    made = {"sit": sit, "tokenizer": tokenizer, "linear": linear}[args.what](args, device)
+    count = {"sit": len(args.batch), "tokenizer": 3 * len(args.batch)}.get(args.what, 5 + 12 * len(args.batch))
     rows: list[Row] = []
     with torch.no_grad():
-        for title, gmacs, cases in {"sit": sit, "tokenizer": tokenizer, "linear": linear}[args.what](args, device):
-            # the ceilings take their turns among the cases, so that a slow phase of the machine hits both
-            limits = gemms(device, args.dtype)
-            cases |= limits
-            for case in cases.values():
-                case()  # compiles what is to be compiled, outside the clock
-            stop = time.perf_counter() + args.seconds
-            timings = interleave(cases, device, until=stop, rounds=args.rounds, once=math.inf)
-            ceiling = max(GEMM_TFLOP / timings[name].seconds for name in limits)
-            print(f"\n{title}   ({gmacs:.1f} GMAC)")
-            first = next(iter(timings.values())).seconds
-            for name, timing in timings.items():
-                work = GEMM_TFLOP if name in limits else 2e-3 * gmacs if name not in NO_RATE else float("nan")
-                rate = work / timing.seconds
-                row = {"table": title, "case": name, "seconds": timing.seconds, "samples": timing.samples}
-                row |= {"of_first": timing.seconds / first, "tflops": rate, "of_ceiling": rate / ceiling}
-                rows.append(row)
-                line = f"  {name:34s} {timing.seconds * 1e3:9.2f} ms   {row['of_first']:5.2f} x   n={timing.samples}"
-                if name not in NO_RATE:
-                    line += f"   {rate:5.2f} TFLOP/s   {100 * row['of_ceiling']:4.0f} % of the ceiling"
-                print(line, flush=True)
+        for i, (title, gmacs, cases) in enumerate(made):
+            budget.end = budget.clock() + (budget.start + budget.total - budget.clock()) / max(1, count - i)
+            rows += measure(title, gmacs, cases, args, device, budget, speed)
+    for line in budget.left_out:
+        print(f"Left out: {line}.")
     if args.json:
-        args.json.write_text(
-            json.dumps({"machine": machine, "arguments": vars(args), "rows": rows}, indent=1, default=str)
-        )
+        document = {"benchmark": "models", "machine": machine, "arguments": vars(args), "rows": rows}
+        args.json.write_text(json.dumps(document | {"left_out": budget.left_out}, indent=1, default=str))
 
 
-def gemms(device: torch.device, dtype: str) -> Cases:
-    """The ceilings: a 4096^3 product, plain and, where weights are packed, packed."""
+def measure(
+    title: str,
+    gmacs: float,
+    cases: Cases,
+    args: argparse.Namespace,
+    device: torch.device,
+    budget: Budget,
+    speed: Speed,
+) -> list[Row]:
+    """One table, printed as it is measured: warmed up as far as the budget admits, then in turn until its deadline."""
+    # the ceilings take their turns among the cases, so that a slow phase of the machine hits both
+    flops = speed.flops[args.dtype]
+    size = budget.largest(GEMM_SIZES, lambda n: 2.0 * n**3 / flops, 0.01)
+    limits = gemms(device, args.dtype, size)
+    cases = limits | important_first(cases)
+    for name in cases:
+        compiling = name.startswith("torch.compile")
+        ideal = 2e9 * gmacs / flops + (COMPILE_SECONDS if compiling else 0.0)
+        if name not in limits and name not in NO_RATE:
+            budget.expect(name, ideal, "compile" if compiling else "eager", f"{title}: {name}")
+    # compiles what is to be compiled, outside the clock that counts
+    end, budget.end = budget.end, budget.clock() + 0.7 * budget.left
+    warm = interleave(cases, device, rounds=0, budget=budget)
+    budget.end = end
+    timings = interleave(
+        {name: cases[name] for name in warm}, device, until=budget.end, rounds=args.rounds, once=math.inf
+    )
+    gemm_tflop = 2 * size**3 / 1e12
+    ceiling = max(gemm_tflop / timings[name].seconds for name in limits)
+    print(f"\n{title}   ({gmacs:.1f} GMAC)")
+    first = timings.get(PLAIN)
+    rows: list[Row] = []
+    for name in (*(name for name in timings if name not in limits), *limits):
+        timing = timings[name]
+        work = gemm_tflop if name in limits else 2e-3 * gmacs if name not in NO_RATE else float("nan")
+        rate = work / timing.seconds
+        row = {"table": title, "case": name, "seconds": timing.seconds, "samples": timing.samples}
+        row |= {"of_first": timing.seconds / first.seconds if first else None}
+        row |= {"tflops": rate, "of_ceiling": rate / ceiling}
+        rows.append(row)
+        label = f"{size}^3 {name}" if name in limits else name
+        relative = f"{row['of_first']:5.2f} x" if first else "      -"
+        line = f"  {label:34s} {timing.seconds * 1e3:9.2f} ms   {relative}   n={timing.samples}"
+        if name not in NO_RATE:
+            line += f"   {rate:5.2f} TFLOP/s   {100 * row['of_ceiling']:4.0f} % of the ceiling"
+        print(line, flush=True)
+    return rows
+
+
+def gemms(device: torch.device, dtype: str, size: int) -> Cases:
+    """The ceilings: a size^3 product, plain and, where weights are packed, packed."""
     from maetok_fast.kernels.linear import PackedLinear, why_not_packed
 
-    cases: Cases = {"4096^3 matmul": matmul(device, dtype)[0]}
+    cases: Cases = {"matmul": matmul(device, dtype, size)[0]}
     if why_not_packed(DTYPES[dtype], device) is None:
-        packed = PackedLinear(torch.randn(4096, 4096), dtype=DTYPES[dtype])
-        x = torch.randn(4096, 4096, dtype=DTYPES[dtype])
-        cases["4096^3 matmul, packed"] = lambda: packed(x)
+        packed = PackedLinear(torch.randn(size, size), dtype=DTYPES[dtype])
+        x = torch.randn(size, size, dtype=DTYPES[dtype])
+        cases["matmul, packed"] = lambda: packed(x)
     return cases
 
 
@@ -116,8 +166,13 @@ def compiled(fn: Callable[..., Any], freezing: bool) -> Callable[..., Any]:
     return call
 
 
+def important_first(cases: Cases) -> Cases:
+    """Ours and plain torch before what has to be compiled: the order in which a budget admits them."""
+    return dict(sorted(cases.items(), key=lambda case: case[0].startswith("torch.compile")))
+
+
 def peers(plain: Callable[..., Any], inputs: tuple[Any, ...], compile_: bool) -> Cases:
-    cases: Cases = {"plain torch, eager": lambda: plain(*inputs)}
+    cases: Cases = {PLAIN: lambda: plain(*inputs)}
     if compile_:
         torch._dynamo.reset()
         for name, freezing in [("torch.compile", False), ("torch.compile + freezing", True)]:

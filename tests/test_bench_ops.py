@@ -21,11 +21,12 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 pytest.importorskip("rich")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-import compare
-
-from maetok_fast.bench import cases, gate, ops, table, timing
+from benchmarks import _base, _pairs, compare
+from benchmarks import _gate as gate
+from maetok_fast.bench import cases, ops, table, timing
+from maetok_fast.bench.budget import Budget, Speed
 from maetok_fast.bench.cases import BOTH, COMPILE, COPY, FORWARD, REFERENCE
 from maetok_fast.bench.timing import Spread
 from maetok_fast.cli import app
@@ -211,7 +212,7 @@ def row(**changes: Any) -> ops.Row:
 
 def document(*rows: ops.Row) -> dict[str, Any]:
     about = {"cores": 2, "cpu": "a CPU", "cpu_features": [], "torch": "2", "threads": 2}
-    return {"benchmark": "ops", "schema": 1, "machine": about, "compile": True, "rows": list(rows)}
+    return {"benchmark": "ops", "schema": 2, "machine": about, "compile": True, "rows": list(rows)}
 
 
 def test_rates_and_ceilings() -> None:
@@ -230,11 +231,12 @@ def test_measure_picks_the_ceiling_and_pairs_the_ratios() -> None:
 
     op = FakeOp()
     case = cases.Case("fake", "large", "fp32", FORWARD, cases._maker(op, op.samples()[1], "fp32", FORWARD))  # type: ignore[arg-type]
-    found = ops.measure(case, CPU, compile_=False, matmul_rate=1e12, timer=timer)
+    found, compiling = ops.measure(case, CPU, compile_=False, matmul_rate=1e12, timer=timer)
+    assert compiling == 0.0
     assert list(found.times) == ["ours native", REFERENCE, COPY]
     assert found.ratios[REFERENCE] == flat(2.0)
     assert (found.ceiling, found.ceiling_seconds, found.seconds) == (COPY, 0.5, 2.0)
-    found = ops.measure(case, CPU, compile_=False, matmul_rate=1.0, timer=timer)
+    found, _ = ops.measure(case, CPU, compile_=False, matmul_rate=1.0, timer=timer)
     assert found.ceiling == "matmul"
 
 
@@ -258,8 +260,115 @@ def test_page_says_what_runs_the_reference() -> None:
     assert "2.00 [1.90, 2.10]" in page
     assert table._worse(slow)
     assert not table._worse(row())
-    assert table.summary([row(), slow]) == [("adaln", "bf16", FORWARD, 2.0, 0.8)]
+    (line,) = table.summary([row(), slow])
+    assert line.ratios == {REFERENCE: 2.0, COMPILE: 0.8}
+    assert (line.op, line.dtype, line.direction) == ("adaln", "bf16", FORWARD)
     assert table.rich_table(document(row())).row_count == 2
+
+
+def test_medians_say_over_how_many_shapes() -> None:
+    def shape(plain: float, compiled: float) -> ops.Row:
+        times = {"ours native": flat(0.1), REFERENCE: flat(0.1 * plain), COMPILE: flat(0.1 * compiled)}
+        return row(ratios={REFERENCE: flat(plain), COMPILE: flat(compiled)}, times=times)
+
+    (line,) = table.summary([shape(2.0, 1.0), shape(3.0, 1.5), shape(1.0, 50.0)])
+    assert line.text(REFERENCE) == "2.00 (3 shapes)"
+    assert line.text(COMPILE) == "1.25 (2 shapes)"  # not the one on which torch.compile made 50 x slower code
+    (line,) = table.summary([shape(1.0, 50.0)])
+    assert (line.text(REFERENCE), line.text(COMPILE)) == ("1.00 (1 shape)", "")
+    page = table.markdown(document(shape(1.0, 50.0)))
+    assert "torch.compile made code 50 x slower than the eager reference; not in the median" in page
+    assert "| adaln | bf16 | forward | 1.00 (1 shape) |  |" in page
+
+
+def test_a_large_ratio_names_the_slow_peer() -> None:
+    times = {"ours native": flat(0.1), REFERENCE: flat(4.0), COPY: flat(0.05)}
+    said = table.outlier(row(times=times, ratios={REFERENCE: flat(40.0)}))
+    assert said is not None
+    assert said.startswith("40 x because the reference is slow")
+    assert "1.2% of the ceiling (ours 50%)" in said
+    assert table.outlier(row()) is None
+
+
+# ---- the budget
+
+
+def fake_cases(clock: Clock, seconds: dict[str, float]) -> list[cases.Case]:
+    """Cases of one op each, forward in two precisions, that take these seconds to make and nothing to run."""
+
+    def make(name: str) -> Callable[[torch.device, bool], cases.Work]:
+        def work(device: torch.device, compile_: bool) -> cases.Work:
+            clock.now += seconds[name]
+            peers = {REFERENCE: lambda: None}
+            if compile_:
+                first = iter([8.0])
+                peers[COMPILE] = clock.call(lambda: next(first, 0.0))
+            return cases.Work({"native": lambda: None}, peers, 8, 8)
+
+        return work
+
+    size = lambda: (0, 0)  # noqa: E731
+    return [
+        cases.Case(name, sample, dtype, FORWARD, make(name), size)
+        for name in seconds
+        for sample in ("first", "second")
+        for dtype in ("fp32", "bf16")
+    ]
+
+
+@pytest.fixture
+def machine_of_one_flop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "calibrate", lambda device, dtypes: Speed({"fp32": 1.0, "bf16": 1.0}, 1.0))
+    monkeypatch.setattr(ops, "fast_dtype", lambda device: "bf16")
+    monkeypatch.setattr(ops, "describe", lambda device: {"cores": 2})
+    monkeypatch.setattr(ops.measure, "__kwdefaults__", ops.measure.__kwdefaults__ | {"timer": instant})  # type: ignore
+
+
+def instant(calls: dict[str, Any], device: Any, **_: Any) -> dict[str, list[float]]:
+    return {name: [1e-3] * 3 for name in calls}
+
+
+def test_important_cases_come_first() -> None:
+    found = fake_cases(Clock(), {"a": 0.0, "b": 0.0})
+    order = [found[place] for place in ops.important_first(found, "bf16")]
+    assert [(c.op, c.sample, c.dtype) for c in order] == [
+        ("a", "first", "bf16"), ("b", "first", "bf16"), ("a", "first", "fp32"), ("b", "first", "fp32"),
+        ("a", "second", "bf16"), ("b", "second", "bf16"), ("a", "second", "fp32"), ("b", "second", "fp32"),
+    ]  # fmt: skip
+
+
+@pytest.mark.usefixtures("machine_of_one_flop")
+def test_ops_end_within_their_budget() -> None:
+    clock = Clock()
+    found = fake_cases(clock, {"a": 3.0, "b": 3.0})
+    budget = Budget(12.4, clock)
+    document = ops.run(found, CPU, seconds=0.1, budget=budget)
+    measured = [(row.op, row.sample, row.dtype) for row in document["rows"]]
+    assert measured == [("a", "first", "fp32"), ("a", "first", "bf16"), ("b", "first", "fp32"), ("b", "first", "bf16")]
+    assert clock.now <= 12.4
+    assert len([line for line in document["left_out"] if "second" in line and "would take about" in line]) == 4
+    assert all(COMPILE not in row.times for row in document["rows"])
+    assert any(line.startswith("torch.compile in 4 of 8 cases") for line in document["left_out"])
+
+
+@pytest.mark.usefixtures("machine_of_one_flop")
+def test_what_is_left_goes_to_the_compiler() -> None:
+    clock = Clock()
+    document = ops.run(fake_cases(clock, {"a": 0.1}), CPU, seconds=0.1, budget=Budget(30.0, clock))
+    compiled = [row.dtype for row in document["rows"] if COMPILE in row.times]
+    assert len(document["rows"]) == 4
+    assert 1 <= len(compiled) < 4
+    assert clock.now <= 30.0
+    document = ops.run(fake_cases(clock, {"a": 0.1}), CPU, seconds=0.1)
+    assert all(COMPILE in row.times for row in document["rows"])  # no budget, nothing left out
+    assert document["left_out"] == []
+
+
+def test_sizes_are_known_before_anything_is_made() -> None:
+    for case in cases.all_cases(samples=1, op=("adaln", "rope_attention", "packed_linear")):
+        flops, moved = case.size()
+        assert flops > 0, case.key
+        assert moved > 0 or case.op == "packed_linear"
 
 
 def test_only_what_stands_between_the_markers_is_replaced() -> None:
@@ -282,6 +391,7 @@ def test_only_what_stands_between_the_markers_is_replaced() -> None:
         (["--dtype", "fp8"], "unknown dtype 'fp8'"),
         (["--device", "tpu"], "unknown device 'tpu': expected cpu or cuda"),
         (["--load", "/does/not/exist.json"], "No such file"),
+        (["--budget", "0"], "--budget expects a number of seconds above 0"),
     ],
 )
 def test_command_errors_are_words(options: list[str], words: str) -> None:
@@ -400,8 +510,38 @@ def test_floors_come_from_the_noise(tmp_path: Path) -> None:
     assert floors["base"] == "abc"
     assert floors["floors"] == {"calm": round(1 / gate.LIMIT, 4)}
     assert list(floors["left_out"]) == ["wild"]
-    with pytest.raises(compare.Unusable, match="--write"):
+    with pytest.raises(_base.Unusable, match="--write"):
         compare.load_floors(tmp_path / "none.json")
+
+
+def test_one_op_is_added_and_the_base_stands() -> None:
+    key, other = "new | s | fp32 | forward", "old | s | fp32 | forward"
+    stored = {"schema": 1, "base": "aaa", "floors": {other: 0.95, "new | gone | fp32 | forward": 0.9}, "left_out": {}}
+    found = {"schema": 1, "base": "bbb", "floors": {key: 0.96}, "left_out": {}}
+    known = compare.with_op(stored, "new", found, in_base=True)
+    assert known == {"schema": 1, "base": "aaa", "floors": {other: 0.95, key: 0.96}, "left_out": {}}
+    fresh = compare.with_op(stored, "new", found, in_base=False)
+    assert fresh == {**known, "floors": {key: 0.96, other: 0.95}, "later": {"new": "bbb"}}
+    assert compare.with_op(fresh, "new", found, in_base=True) == known
+    assert compare.bases(fresh, ["new", "old"]) == {"aaa": ["old"], "bbb": ["new"]}
+    assert compare.bases(known, ["new", "old"]) == {"aaa": ["new", "old"]}
+
+
+def test_each_op_meets_its_own_base() -> None:
+    def measure(tree: Path, names: list[str]) -> compare.Found:
+        return {f"{name} at {tree}": gate.Measured(1.0, 0.001, 20, 1.0) for name in names}, {}
+
+    def tree_of(commit: str) -> Path:
+        if commit == "gone":
+            raise _base.Unusable("the base gone is not in this clone\nmore")
+        return Path(commit)
+
+    groups = {"aaa": ["old"], "bbb": ["new"], "gone": ["lost"]}
+    results, skipped = compare.over_bases(groups, tree_of, measure)
+    assert set(results) == {"old at aaa", "new at bbb"}
+    assert skipped == {"lost": "the base gone is not in this clone"}
+    with pytest.raises(_base.Unusable):
+        compare.over_bases({"gone": ["old"]}, tree_of, measure)
 
 
 def test_pairs_without_a_floor_are_said() -> None:
@@ -413,9 +553,9 @@ def test_pairs_without_a_floor_are_said() -> None:
 
 @pytest.mark.parametrize("outputs", [1, 2])
 def test_pairs_call_the_launchers_on_one_image(outputs: int) -> None:
-    compare._MADE.clear()
+    _pairs._MADE.clear()
     head, base = FakeOp(outputs), FakeOp(outputs)
-    found = {key: (a, b) for key, a, b in compare.pairs({"fake": head}, {"fake": base}, "cpu", ["fp32"])}
+    found = {key: (a, b) for key, a, b in _pairs.pairs({"fake": head}, {"fake": base}, "cpu", ["fp32"])}
     assert list(found) == ["fake | mid | fp32 | forward", "fake | mid | fp32 | backward"]
     mine, other = found["fake | mid | fp32 | forward"]
     assert mine()[0].shape == (1, 16)
@@ -425,18 +565,18 @@ def test_pairs_call_the_launchers_on_one_image(outputs: int) -> None:
 
 
 def test_pairs_that_cannot_be_compared_say_why() -> None:
-    compare._MADE.clear()
+    _pairs._MADE.clear()
     head = {"fake": FakeOp(), "new": FakeOp()}
-    reasons = {key: why for key, call, why in compare.pairs(head, {"fake": FakeOp(usable=False)}, "cpu", ["fp32"])}
+    reasons = {key: why for key, call, why in _pairs.pairs(head, {"fake": FakeOp(usable=False)}, "cpu", ["fp32"])}
     assert reasons["new"] == "not in the base"
     assert reasons["fake | mid | fp32 | forward"] == "the base runs the reference here"
 
 
 def test_lost_kernels_and_forgotten_floors_fail() -> None:
-    compare._MADE.clear()
-    found = list(compare.pairs({"fake": FakeOp(usable=False)}, {"fake": FakeOp()}, "cpu", ["fp32"]))
+    _pairs._MADE.clear()
+    found = list(_pairs.pairs({"fake": FakeOp(usable=False)}, {"fake": FakeOp()}, "cpu", ["fp32"]))
     skipped = {key: why for key, call, why in found}
-    assert set(skipped.values()) == {compare.LOST}
+    assert set(skipped.values()) == {_pairs.LOST}
     good = {"a | s | bf16 | forward": gate.Verdict(1.0, 1.05, 1)}
     limits = {"a | s | bf16 | forward": 1.05, "gone | s | bf16 | forward": 1.05, "gone | s | fp32 | forward": 1.05}
     assert len(compare.lost({}, good, skipped, ["bf16"])) == 2
@@ -480,15 +620,15 @@ def test_the_committed_floors_are_of_this_form() -> None:
 
 def _tracked() -> bool:
     try:
-        return bool(compare.git("ls-files", "kernels/_op.py"))
-    except (compare.Unusable, OSError):
+        return bool(_base.git("ls-files", "kernels/_op.py"))
+    except (_base.Unusable, OSError):
         return False
 
 
 @pytest.mark.skipif(not _tracked(), reason="needs the repository")
 def test_base_of_head_is_a_second_library(tmp_path: Path) -> None:
     """The base loads beside the head, under its own name and with its own operators."""
-    tree = compare.base_tree("HEAD", tmp_path)
+    tree = _base.base_tree("HEAD", tmp_path)
     code = (
         f"import sys; sys.path.insert(0, {str(tree)!r})\n"
         "import maetok_fast.kernels as a, maetok_base.kernels as b, torch\n"
@@ -500,4 +640,4 @@ def test_base_of_head_is_a_second_library(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "maetok_base.kernels", done.stderr
-    assert compare.base_tree("HEAD", tmp_path) == tree
+    assert _base.base_tree("HEAD", tmp_path) == tree

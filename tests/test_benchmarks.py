@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,24 +14,22 @@ import pytest
 import torch
 
 pytest.importorskip("rich")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-import _claims
-import _report
-import _workload
-import throughput
-from _claims import CITED, COMPUTED, MEASURED, Claim, Factor
-from _job import Job, expected_ticks, guided_steps
-from baselines import load_needed
-from baselines.sit import SiT as PlainSiT
-from baselines.sit import guided_step
-
+from benchmarks import _chart, _claims, _cli, _page, _report, _workload, compare, cost, measure, models, throughput
+from benchmarks._claims import CITED, COMPUTED, MEASURED, Claim, Factor
+from benchmarks._job import Job, guided_steps
+from benchmarks.baselines import load_needed
+from benchmarks.baselines.sit import SiT as PlainSiT
+from benchmarks.baselines.sit import guided_step
 from maetok_fast.bench import machine
+from maetok_fast.bench.budget import Budget, Speed, calibrate
 from maetok_fast.bench.timing import PeakMemory, interleave
 from maetok_fast.diffusion import sample
 from maetok_fast.models import MAETok, MAETokConfig, SiT, SiTConfig, ViTSize
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def randomize(model):
@@ -148,7 +147,7 @@ def test_counted_work(model, tokens, gmac):
 def test_parameter_counts():
     with torch.device("meta"):
         assert sum(p.numel() for p in PlainSiT((128, 32)).parameters()) == 675_000_608
-        from baselines.sdvae import SDVAEDecoder
+        from benchmarks.baselines.sdvae import SDVAEDecoder
 
         assert sum(p.numel() for p in SDVAEDecoder().parameters()) == 49_490_199
 
@@ -252,19 +251,54 @@ def test_contact_sheet(tmp_path, count):
 
 def test_chart_without_training_rows(tmp_path):
     rows = [_report.Row("a", "public", 128, "fp32", "public", {"sample": _report.Value(2.0, "images/s")})]
-    _report.bar_chart(tmp_path / "chart.png", rows, [Claim("c", [Factor("tokens", 2.0, MEASURED)])], "title", "sub")
+    _chart.chart(tmp_path / "chart.png", rows, [Claim("c", [Factor("tokens", 2.0, MEASURED)])], "title", "sub")
     assert (tmp_path / "chart.png").stat().st_size > 10_000
+    _chart.chart(tmp_path / "none.png", rows, [], "title", "sub")
+    assert (tmp_path / "none.png").stat().st_size > 10_000
+
+
+def drawn(claim):
+    """The chart's axes of one claim: [(marker, x, edge, filled)] of its dots, all its texts, its bars."""
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    _chart._factors(axes, claim)
+    dots = [line for line in axes.lines if line.get_marker() in "oD"]
+    texts = [text.get_text() for text in axes.texts] + axes.get_xlabel().splitlines()
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    shapes = [(d.get_marker(), d.get_xdata()[0], d.get_markeredgecolor(), d.get_markerfacecolor()) for d in dots]
+    return axes, shapes, texts, labels
+
+
+def test_the_chart_has_dots_and_marks_what_was_not_measured():
+    loss, cited = Factor("kernels", 0.855, MEASURED), Factor("convergence", 8.44, CITED)
+    claim = Claim("c", [Factor("tokens", 14.0, MEASURED), loss, cited], [Factor("the paper's", 76.0, CITED)])
+    axes, dots, texts, labels = drawn(claim)
+    assert not axes.patches  # no bars: on a log axis their lengths mean nothing
+    assert axes.get_xscale() == "log"
+    by_place = {round(x, 3): (marker, edge, face) for marker, x, edge, face in dots}
+    assert by_place[14.0] == ("o", _chart.GAIN, _chart.GAIN)
+    assert by_place[0.855] == ("o", _chart.LOSS, _chart.LOSS)
+    assert by_place[8.44] == ("D", _chart.NEUTRAL, "white")
+    assert max(by_place) == 14.0  # the product with a cited factor has no dot, the measured one has
+    assert round(14.0 * 0.855, 3) in by_place
+    assert "8.44x‡" in texts
+    assert "all factors together: 101x‡ (measured x cited)" in texts
+    assert "the paper's claim: 76.0x‡" in texts
+    assert labels == [
+        "tokens\n(measured)", "kernels\n(measured)", "convergence\n(cited)", "product of the measured\n(measured)",
+    ]  # fmt: skip
 
 
 def tiny(tmp_path, *more):
     return [
-        "--model", "tiny", "--res", "64", "--tokens", "8", "--batch", "2", "--steps", "10", "--quick",
+        "--model", "tiny", "--res", "64", "--tokens", "8", "--batch", "2", "--steps", "10", "--quick", "--budget", "60",
         "--out", str(tmp_path / "out"), *more,
     ]  # fmt: skip
 
 
 def test_the_whole_job(tmp_path, capsys):
-    throughput.main(tiny(tmp_path))
+    throughput.main(tiny(tmp_path, "--dtype", "bf16"))
     printed = capsys.readouterr().out
     assert "the 31x claim" in printed
     assert "the 76x claim" in printed
@@ -311,24 +345,301 @@ def test_own_images_and_fp32(tmp_path):
     job, fields, claims = throughput.run(args, ticks.add)
     assert fields["images"]["files"] == ["a.png"]
     assert {row.dtype for row in job.rows.values()} == {"fp32"}
-    assert claims[0].factors[1].ratio == 1.0  # no precision was gained
-    assert abs(len(ticks) - expected_ticks(args)) <= 2
+    assert [factor.name for factor in claims[0].factors] == ["tokens", "kernels", "guidance work"]
+    assert any(line.startswith("Factor fp32 -> bf16: fp32 is the precision") for line in fields["left_out"])
+    assert len(ticks) > 10
     assert job.agreement["velocity ours fp32"] < 1e-5
 
 
-def test_bad_arguments(tmp_path, capsys):
-    for more, words in (
-        (["--res", "100"], "multiple of 16"),
-        (["--tokens", "0"], "at least 1"),
-        (["--interval", "0.7", "0.1"], "LOW <= HIGH"),
-    ):
-        with pytest.raises(SystemExit):
-            throughput.parse(more)
-        assert words in capsys.readouterr().err
-    if not torch.cuda.is_available():
-        with pytest.raises(SystemExit):
-            throughput.parse(["--device", "cuda"])
-        assert "use --device cpu" in capsys.readouterr().err
+# ---- the budget
+
+
+class Clock:
+    """A clock that only moves when told to."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+    def call(self, seconds):
+        return lambda: setattr(self, "now", self.now + seconds)
+
+
+def test_budget_admits_what_fits_and_names_the_rest():
+    clock = Clock()
+    budget = Budget(60.0, clock)
+    budget.part(0.5)
+    budget.expect("small", 14.0, "gemm", "a small thing")
+    budget.expect("large", 16.0, "gemm", "a large thing")
+    assert budget.admit("small")
+    assert not budget.admit("large")
+    assert budget.left_out == ["a large thing: would take about 32 s of the 30 s left"]
+    assert budget.admit("never announced")
+    budget.took("small", 14.0)  # its kind is faster than feared
+    assert budget.seconds("large") == pytest.approx(1.1 * 16.0)
+    assert budget.admit("large")
+    clock.now += 31
+    assert budget.left == 0.0
+    budget.part(1.0)  # the next part may use what is left of the whole
+    assert budget.left == pytest.approx(29.0)
+
+
+def test_budget_picks_the_largest_that_fits():
+    clock = Clock()
+    budget = Budget(10.0, clock)
+    assert budget.largest([8, 4, 2, 1], lambda n: 2.0 * n) == 4
+    assert budget.largest([8, 4, 2, 1], lambda n: 2.0 * n, 0.5) == 2
+    assert budget.largest([8, 4], lambda n: 1e9) == 4
+
+
+def test_calibration_reads_its_clock():
+    speed = calibrate(CPU, ("fp32", "bf16", "fp32"), size=16)
+    assert set(speed.flops) == {"fp32", "bf16"}
+    assert Speed({"fp32": 100.0, "bf16": 400.0}, 10.0).seconds("fp32", 200.0, 30.0) == 5.0
+    assert Speed({"fp32": 100.0, "bf16": 400.0}, 10.0).seconds("fp16", 200.0) == 2.0  # the slowest that is known
+
+
+def test_interleave_starts_nothing_that_would_not_end():
+    clock = Clock()
+    budget = Budget(10.0, clock)
+    cases = {"a": clock.call(1.0), "b": clock.call(2.0), "c": clock.call(2.0)}
+    for name, ideal in (("a", 1.0), ("b", 2.0), ("c", 5.0)):
+        budget.expect(name, ideal, name, f"row {name}")
+    times = interleave(cases, CPU, rounds=5, budget=budget)
+    assert set(times) == {"a", "b"}
+    assert times["a"].samples == 2  # two rounds of 3 s after the first calls; a third would end at 12
+    assert clock.now == 109.0
+    assert budget.left_out == ["row c: would take about 10 s of the 7.0 s left"]
+
+
+def slow_machine(monkeypatch, flops):
+    """Jobs that believe that this machine has these FLOP/s and whose clock stands still."""
+    monkeypatch.setattr("benchmarks._job.calibrate", lambda device, dtypes: Speed(dict.fromkeys(dtypes, flops), 1e10))
+
+
+@pytest.mark.parametrize(("flops", "batch", "images"), [(2e13, 4, 4), (1.2e11, 2, 1), (1e9, 1, 1)])
+def test_the_plan_follows_the_machine(tmp_path, monkeypatch, flops, batch, images):
+    """SiT-XL at 512 px: all of it on a fast machine, fewer images on 2 cores with AVX2, the least on a hopeless one."""
+    slow_machine(monkeypatch, flops)
+    args = throughput.parse(["--dtype", "fp32", "--out", str(tmp_path)])
+    job = Job(args, budget=Budget(args.budget, Clock()))
+    assert (job.batch["few"], job.images) == (batch, images)
+    assert any("images per forward" in line for line in job.budget.left_out) == (batch < 4)
+
+
+def test_no_number_without_time(tmp_path, monkeypatch):
+    """On a machine far too slow every row is named and has no rate; the pictures are there all the same."""
+    slow_machine(monkeypatch, 10.0)
+    args = throughput.parse(tiny(tmp_path, "--dtype", "bf16"))
+    job, fields, claims = throughput.run(args, lambda text: None)
+    assert claims == []
+    ours = job.rows["ours-few-bf16"]
+    assert {"encode", "decode"} <= ours.values.keys()
+    for row in job.rows.values():
+        assert row is ours or set(row.values) == {"gflops"}
+    left_out = " ".join(fields["left_out"])
+    for row in job.rows.values():
+        assert f"sampling with '{row.label}': would take" in left_out
+        assert f"training with '{row.label}': would take" in left_out
+    assert fields["relative_errors"] == {}
+    assert "none was taken" in " ".join(throughput.notes(job, fields))
+
+
+# ---- wrong values
+
+
+def one_line(capsys, main, options):
+    """What a wrong command line prints; it must be one line, exit status 2, before anything was measured."""
+    with pytest.raises(SystemExit) as ended:
+        raise SystemExit(main(options))
+    printed = capsys.readouterr()
+    assert ended.value.code == 2, printed
+    assert printed.err.count("\n") == 1, printed.err
+    assert printed.err.endswith("\n")
+    return printed.err
+
+
+WRONG = [
+    (throughput, ["--res", "100"], "multiple of 16"),
+    (throughput, ["--tokens", "0"], "at least 1"),
+    (throughput, ["--batch", "-1"], "at least 1"),
+    (throughput, ["--steps", "many"], "at least 1, got 'many'"),
+    (throughput, ["--interval", "0.7", "0.1"], "LOW <= HIGH"),
+    (throughput, ["--interval", "nan", "0.1"], "LOW <= HIGH"),
+    (throughput, ["--budget", "0"], "above 0"),
+    (throughput, ["--budget", "nan"], "above 0"),
+    (throughput, ["--device", "tpu"], "expected cpu or cuda"),
+    (throughput, ["--device", "cpu:3"], "expected cpu"),
+    (throughput, ["--dtype", "fp8"], "invalid choice"),
+    (throughput, ["--model", "huge"], "invalid choice"),
+    (throughput, ["--images", "/nonexistent"], "does not exist or is not a folder"),
+    (throughput, ["--checkpoint", "/nonexistent.safetensors"], "nonexistent.safetensors"),
+    (throughput, ["--out", "/dev/null/x"], "cannot be written"),
+    (throughput, ["--sideways"], "unrecognized arguments"),
+    (models, [], "required"),
+    (models, ["vae"], "invalid choice"),
+    (models, ["sit", "--batch", "0"], "at least 1"),
+    (models, ["sit", "--depth", "0"], "at least 1"),
+    (models, ["sit", "--rounds", "x"], "at least 1"),
+    (models, ["sit", "--budget", "-3"], "above 0"),
+    (models, ["sit", "--device", "xyz"], "expected cpu or cuda"),
+    (models, ["tokenizer", "--size", "100"], "multiple of 16"),
+    (models, ["sit", "--json", "/dev/null/x.json"], "cannot be written"),
+    (models, ["sit", "--json", "/"], "this is a folder"),
+    (compare, ["--prove", "0"], "at least 1"),
+    (compare, ["--seconds", "0"], "above 0"),
+    (compare, ["--dtype", "x"], "invalid choice"),
+    (compare, ["--device", "gpu"], "expected cpu or cuda"),
+    (compare, ["--plant", "adaln"], "OP=FACTOR"),
+    (compare, ["--cache", "/dev/null"], "cannot be written"),
+    (compare, ["--base", "no-such-commit"], "no-such-commit"),
+    (compare, ["--add", "no-such-op"], "no such op"),
+    (compare, ["--add", "adaln", "--write"], "not both"),
+    (measure, ["--budget", "0"], "above 0"),
+    (measure, ["--device", "x"], "expected cpu or cuda"),
+    (measure, ["--from", "/nonexistent"], "no such folder"),
+    (measure, ["--from", "/dev"], "nothing that --keep wrote"),
+    (measure, ["--out", "/dev/null/page.md"], "cannot be written"),
+    (cost, ["--write", "--only", "x"], "leave --only out"),
+    (cost, ["--only", "no_such_kernel"], "no kernel"),
+    (cost, ["--what"], "unrecognized arguments"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("script", "options", "words"), WRONG, ids=lambda value: str(value)[-60:])
+def test_wrong_values_end_in_one_line(capsys, monkeypatch, script, options, words):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert words in one_line(capsys, script.main, options)
+
+
+def test_cuda_is_refused_where_there_is_none(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    for main in (throughput.main, lambda options: models.main(["sit", *options]), compare.main):
+        assert "use --device cpu" in one_line(capsys, main, ["--device", "cuda"])
+
+
+def test_a_broken_image_is_said(capsys, tmp_path):
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    assert "a.png" in one_line(capsys, throughput.main, ["--images", str(tmp_path)])
+
+
+def test_precision_auto():
+    assert _cli.dtype("fp32", CPU) == "fp32"
+    assert _cli.dtype("auto", CPU) == machine.fast_dtype(CPU)
+    assert machine.fast_dtype(CPU) == ("bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32")
+
+
+@pytest.mark.parametrize("script", ["throughput", "models", "compare", "cost", "measure"])
+def test_scripts_start_as_files(script, tmp_path):
+    run = [sys.executable, str(ROOT / "benchmarks" / f"{script}.py"), "--help"]
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "usage" in done.stdout
+
+
+# ---- the page of a machine
+
+
+ABOUT = {
+    "cpu": "AMD EPYC", "cpu_vendor": "AuthenticAMD", "cpu_family": 26,
+    "cpu_features": ["avx2", "avx512f", "avx512_bf16"], "cores": 2, "threads": 2, "memory_gb": 8.0, "torch": "2.14.1", "python": "3.11.2", "system": "Linux x86_64",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({}, "amd-zen5-avx512bf16-2c"),
+        ({"cpu_family": 25, "cpu_features": ["avx2"], "cores": 8}, "amd-zen3-avx2-8c"),
+        ({"cpu_family": 25}, "amd-zen4-avx512bf16-2c"),
+        ({"cpu_vendor": "GenuineIntel", "cpu_family": 6, "cpu_features": ["avx512f", "amx_bf16"]}, "intel-amx-2c"),
+        ({"cpu_vendor": "", "cpu": "Neoverse(R) V2", "cpu_features": ["asimd"]}, "neoverse-v2-neon-2c"),
+        ({"limited_by": ["MAETOK_FAST_CPU=avx2"]}, "amd-zen5-avx512bf16-2c-limited"),
+        ({"gpu": "NVIDIA H100 80GB HBM3"}, "nvidia-h100-80gb-hbm3"),
+    ],
+)
+def test_pages_are_named_after_the_processor(changes, name):
+    assert _page.file_name(ABOUT | changes) == name
+
+
+def fake_parts(failing=()):
+    """What the parts would do: writes documents as they do, says `out of memory` where it fails."""
+    spread = {"median": 0.1, "low": 0.1, "high": 0.1, "samples": 3}
+    ops = {
+        "op": "adaln", "sample": "SiT-XL", "dtype": "bf16", "direction": "forward", "backend": "native", "bytes": 10**9,
+        "flops": 1, "times": {"ours native": spread, "reference": spread}, "ratios": {"reference": spread},
+        "ceiling": "copy", "ceiling_seconds": 0.05, "reasons": {}, "notes": [],
+    }  # fmt: skip
+    forward = {"table": "SiT, batch 4", "case": "ours, prepared", "seconds": 0.25, "samples": 7, "of_first": 0.5}
+    rows = [
+        forward | {"tflops": 0.4, "of_ceiling": 0.8},
+        forward | {"case": "ahead", "tflops": math.nan, "of_ceiling": 0},
+    ]
+    seen = []
+
+    def run(command):
+        seen.append(command)
+        part = next(p for p in ("throughput", "tokenizer", "sit", "ops") if p in command[1:5] or p in command[1])
+        if part in failing:
+            return 1, "first line\nout of memory\n"
+        if part == "throughput":
+            out = Path(command[command.index("--out") + 1])
+            out.mkdir()
+            row = _report.Row("ours", "maetok_fast, 128 tokens", 128, "bf16", "ours")
+            row.values["sample"] = _report.Value(0.5, "images/s", COMPUTED)
+            claim = Claim("The 31x claim", [Factor("tokens", 11.0, MEASURED, "a | b")], [])
+            _report.write_json(
+                out / "throughput.json", [row], [claim], machine=ABOUT, seconds=200.0, notes=["a note"],
+                ceilings={"gemm_bf16_tflops": 0.7, "copy_gb_s": 30.0}, left_out=["training: no time"],
+                arguments={"model": "sit-xl", "tokens": 128, "res": 512, "dtype": "bf16", "precision": "auto"},
+                batch={"few": 4, "many": 1},
+            )  # fmt: skip
+            (out / "throughput.png").write_bytes(b"picture")
+            return 0, ""
+        document = {"benchmark": "models", "machine": ABOUT, "rows": rows, "left_out": ["torch.compile: no time"]}
+        if part == "ops":
+            document = {"benchmark": "ops", "schema": 2, "machine": ABOUT, "rows": [ops], "left_out": []}
+        Path(command[command.index("--json") + 1]).write_text(json.dumps(document))
+        return 0, ""
+
+    return run, seen
+
+
+def test_the_page_of_a_machine(tmp_path, capsys):
+    run, seen = fake_parts()
+    page = tmp_path / "page" / "m.md"
+    assert measure.main(["--out", str(page), "--budget", "400", "--keep", str(tmp_path / "kept")], run) == 0
+    budgets = [float(command[command.index("--budget") + 1]) for command in seen]
+    assert len(seen) == 4
+    assert sum(budgets) + 4 * measure.START_UP == pytest.approx(400, abs=4)
+    text = page.read_text()
+    assert text.startswith("# Measured on AMD EPYC, avx512bf16\n")
+    for words in (
+        "torch 2.14.1, Python 3.11.2", "bf16 matmul 0.700 TFLOP/s, copy 30.0 GB/s", "0.500†", "### The 31x claim",
+        "| tokens | 11.0x | measured | a \\| b |", "- Left out: training: no time.", "![a dot", "](m.png)",
+        "| ours, prepared | 250 | 0.50 x | 0.40 | 80% | 7 |", "| ahead | 250 | 0.50 x | – | – | 7 |",
+        "- Left out: torch.compile: no time.", "| adaln | bf16 | forward | 0.10 (1 shape) |", "bf16 (chosen)",
+    ):  # fmt: skip
+        assert words in text, words
+    assert (page.parent / "m.png").read_bytes() == b"picture"
+    again = tmp_path / "again.md"
+    assert measure.main(["--from", str(tmp_path / "kept"), "--out", str(again)]) == 0
+    assert again.read_text() == text.replace("m.png", "again.png")
+
+
+def test_a_part_that_failed_is_named_on_the_page(tmp_path, capsys):
+    run, _ = fake_parts(failing=("throughput",))
+    assert measure.main(["--out", str(tmp_path / "m.md")], run) == 1
+    text = (tmp_path / "m.md").read_text()
+    assert "**throughput failed**: out of memory" in text
+    assert "Sampling, training" not in text
+    assert "out of memory" in capsys.readouterr().err
+    run, _ = fake_parts(failing=("throughput", "sit", "tokenizer", "ops"))
+    assert measure.main(["--out", str(tmp_path / "none.md")], run) == 1
+    assert not (tmp_path / "none.md").exists()
 
 
 def test_too_little_memory_is_said(tmp_path, monkeypatch):

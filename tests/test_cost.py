@@ -12,42 +12,34 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import _cost_table, _nvcc
+
+ROOT = Path(__file__).resolve().parents[1]
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 
 
-@pytest.fixture(scope="module")
-def cost() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("cost", ROOT / "benchmarks" / "cost.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["cost"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_stored_table_breaks_no_rule(cost: ModuleType) -> None:
-    report = cost.load()
-    assert cost.broken_rules(report) == []
-    assert {row.arch for row in report.rows} == set(cost.ARCHS)
+def test_the_stored_table_breaks_no_rule() -> None:
+    report = _cost_table.load()
+    assert _cost_table.broken_rules(report) == []
+    assert {row.arch for row in report.rows} == set(_cost_table.ARCHS)
     assert {row.op for row in report.rows} >= {"rope_attention", "adaln", "gate_residual"}
 
 
-def test_saving_and_loading_is_the_identity(cost: ModuleType, tmp_path: Path) -> None:
-    report = cost.load()
-    cost.save(report, tmp_path / "cost.json")
-    assert cost.load(tmp_path / "cost.json") == report
-    assert (tmp_path / "cost.json").read_text() == cost.TABLE.read_text()
+def test_saving_and_loading_is_the_identity(tmp_path: Path) -> None:
+    report = _cost_table.load()
+    _cost_table.save(report, tmp_path / "cost.json")
+    assert _cost_table.load(tmp_path / "cost.json") == report
+    assert (tmp_path / "cost.json").read_text() == _cost_table.TABLE.read_text()
 
 
-def test_the_page_is_the_table(cost: ModuleType) -> None:
-    assert cost.PAGE.read_text() == cost.markdown(cost.load())
+def test_the_page_is_the_table() -> None:
+    assert _cost_table.PAGE.read_text() == _cost_table.markdown(_cost_table.load())
 
 
 @pytest.mark.parametrize(
@@ -59,21 +51,21 @@ def test_the_page_is_the_table(cost: ModuleType) -> None:
         ("mma", lambda v: 0, "tensor-core instructions"),
     ],
 )
-def test_a_planted_regression_fails_the_gate(cost: ModuleType, column: str, change: object, message: str) -> None:
-    before = cost.load()
+def test_a_planted_regression_fails_the_gate(column: str, change: object, message: str) -> None:
+    before = _cost_table.load()
     now = copy.deepcopy(before)
     row = next(r for r in now.rows if r.mma and not r.spill)
     setattr(row, column, change(getattr(row, column)))  # type: ignore[operator]
-    assert any(message in line and row.key in line for line in cost.regressions(now, before))
-    assert cost.regressions(before, before) == []
+    assert any(message in line and row.key in line for line in _cost_table.regressions(now, before))
+    assert _cost_table.regressions(before, before) == []
 
 
-def test_another_launch_fails_the_gate(cost: ModuleType) -> None:
-    before = cost.load()
+def test_another_launch_fails_the_gate() -> None:
+    before = _cost_table.load()
     now = copy.deepcopy(before)
     key = next(iter(now.launches))
     now.launches[key] += 1
-    assert cost.regressions(now, before) == [f"{key}: launches {before.launches[key]} -> {now.launches[key]}"]
+    assert _cost_table.regressions(now, before) == [f"{key}: launches {before.launches[key]} -> {now.launches[key]}"]
 
 
 PTXAS = """
@@ -90,48 +82,47 @@ ptxas info    : Used 8 registers, used 0 barriers
 """  # noqa: E501
 
 
-def test_what_ptxas_prints_becomes_rows(cost: ModuleType) -> None:
-    first, second = cost.parse_ptxas(PTXAS, "blur")
-    assert first == cost.Row(first.launch, "blur", "backward", 80, registers=40, spill=16, shared=384)
+def test_what_ptxas_prints_becomes_rows() -> None:
+    first, second = _nvcc.parse_ptxas(PTXAS, "blur")
+    assert first == _cost_table.Row(first.launch, "blur", "backward", 80, registers=40, spill=16, shared=384)
     assert (second.direction, second.arch, second.registers, second.spill) == ("forward", 100, 8, 0)
     assert first.cuda
     if shutil.which("c++filt"):
         assert second.launch == "plain [CUDA C++]"
-    rules = cost.broken_rules(cost.Report("3", [first, second]))
+    rules = _cost_table.broken_rules(_cost_table.Report("3", [first, second]))
     assert rules == [f"{first.key}: spills 16 bytes"]
 
 
-def test_without_nvcc_the_stored_cuda_rows_stand_unchecked(
-    cost: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    row = cost.Row("plain_kernel [CUDA C++]", "plain", "forward", 90, registers=8)
-    cost.save(cost.Report("3", [row], nvcc="13.0"), tmp_path / "cost.json")
-    monkeypatch.setattr(cost, "TABLE", tmp_path / "cost.json")
-    monkeypatch.setattr(cost, "find_nvcc", lambda: None)
-    monkeypatch.setattr(cost, "load", lambda path=tmp_path / "cost.json", load=cost.load: load(path))
-    report = cost.Report("4")
-    cost.add_cuda(report, lambda line: None, "", (90,))
+def test_without_nvcc_the_stored_cuda_rows_stand_unchecked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    row = _cost_table.Row("plain_kernel [CUDA C++]", "plain", "forward", 90, registers=8)
+    _cost_table.save(_cost_table.Report("3", [row], nvcc="13.0"), tmp_path / "cost.json")
+    monkeypatch.setattr(_nvcc, "TABLE", tmp_path / "cost.json")
+    monkeypatch.setattr(_nvcc, "find_nvcc", lambda: None)
+    stored = _cost_table.load
+    monkeypatch.setattr(_nvcc, "load", lambda: stored(tmp_path / "cost.json"))
+    report = _cost_table.Report("4")
+    _nvcc.add_cuda(report, lambda line: None, "", (90,))
     assert report.rows == [row]
     assert report.nvcc == "13.0"
     assert "nvcc was not found" in report.unchecked
-    assert cost.regressions(report, cost.load()) == []
+    assert _cost_table.regressions(report, stored(tmp_path / "cost.json")) == []
 
 
-def test_a_cuda_source_that_does_not_compile_breaks_a_rule(cost: ModuleType, tmp_path: Path) -> None:
-    nvcc = cost.find_nvcc()
+def test_a_cuda_source_that_does_not_compile_breaks_a_rule(tmp_path: Path) -> None:
+    nvcc = _nvcc.find_nvcc()
     if nvcc is None:
         pytest.skip("nvcc was not found")
     source = tmp_path / "wrong.cu"
     source.write_text("__global__ void k() { undeclared(); }\n")
-    rows = cost.compile_cuda(source, nvcc, (90,))
+    rows = _nvcc.compile_cuda(source, nvcc, (90,))
     assert [row.arch for row in rows] == [90]
-    (rule,) = cost.broken_rules(cost.Report("3", rows))
+    (rule,) = _cost_table.broken_rules(_cost_table.Report("3", rows))
     assert "wrong.cu" in rule
     assert "does not compile" in rule
 
 
-def test_the_table_holds_every_cuda_source(cost: ModuleType) -> None:
-    report = cost.load()
+def test_the_table_holds_every_cuda_source() -> None:
+    report = _cost_table.load()
     if not report.nvcc:
         pytest.skip("the stored table was written without nvcc")
     sources = {p.stem for p in (ROOT / "csrc" / "cuda").glob("*.cu") if "__global__" in p.read_text()} - {"info"}
@@ -142,7 +133,8 @@ def test_the_table_holds_every_cuda_source(cost: ModuleType) -> None:
 def test_every_row_of_the_tile_table_is_reached() -> None:
     """By a real sample or by one of `extra_samples`, in a process of its own; a row that none reaches is named."""
     script = (
-        "import cost; from maetok_fast.kernels import _tiles; reached = set(); "
+        "from benchmarks import cost; "
+        "from maetok_fast.kernels import _tiles; reached = set(); "
         "[cost.record(arch, reached=reached) for arch in cost.ARCHS]; print(cost.missed_tiles(reached)); "
         "_tiles.ATTENTION_TILES['fwd', 2, 999, True] = {80: 0}; print(cost.missed_tiles(reached))"
     )
@@ -152,10 +144,15 @@ def test_every_row_of_the_tile_table_is_reached() -> None:
 
 
 def run_in_benchmarks(script: str) -> list[str]:
-    """The lines that a script beside cost.py prints, in a process that compiles and does not interpret."""
+    """The lines that a script printed which may import benchmarks, in a process that compiles"""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT / "benchmarks", env=env, capture_output=True, text=True, check=False
+        [sys.executable, "-c", f"import sys; sys.path.append({str(ROOT)!r}); {script}"],
+        cwd=ROOT / "benchmarks",
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert run.returncode == 0, run.stderr[-2000:]
     return run.stdout.strip().splitlines()
@@ -165,7 +162,8 @@ def run_in_benchmarks(script: str) -> list[str]:
 def test_one_kernel_compiles_as_stored() -> None:
     """In its own process (the interpreter and the compiler cannot share one): the attention forward on sm_90."""
     script = (
-        "import json, cost; report, stored = cost.build(only='attention_fwd', archs=(90,)), cost.load(); "
+        "import json; from benchmarks import cost; "
+        "report, stored = cost.build(only='attention_fwd', archs=(90,)), cost.load(); "
         "known = {row.key for row in stored.rows}; report.rows = [row for row in report.rows if row.key in known]; "
         "print(json.dumps({'rules': cost.broken_rules(report), 'worse': "
         "[r for r in cost.regressions(report, stored) if 'launches' not in r], 'rows': len(report.rows)}))"

@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from baselines import attend
-from baselines.sit import Mlp
+from benchmarks.baselines import attend
+from benchmarks.baselines.sit import Mlp
 
 
 def rotations(freqs: Tensor, heads: int, rows: int, columns: int) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from baselines import attend
+from benchmarks.baselines import attend
 
 
 def _norm(channels: int) -> nn.GroupNorm:

@@ -59,13 +59,15 @@ class Work:
 
 @dataclass(frozen=True)
 class Case:
-    """One line of the table: `make(device, compile)` builds its `Work`."""
+    """One line of the table: `make(device, compile)` builds its `Work`. `size()`: its (FLOPs, bytes), known before;
+    both 0 where they are not."""
 
     op: str
     sample: str
     dtype: str
     direction: str
     make: Callable[[torch.device, bool], Work] = field(compare=False, repr=False)
+    size: Callable[[], tuple[int, int]] = field(default=lambda: (0, 0), compare=False, repr=False)
 
     @property
     def key(self) -> str:
@@ -118,11 +120,23 @@ def _record_cases(op: Op[..., Any], dtypes: Sequence[str], directions: Sequence[
             seen.add(shape)
             for direction in directions:
                 if direction == FORWARD or op.differentiable:
-                    yield Case(op.name, sample.label, dtype, direction, _maker(op, sample, dtype, direction))
+                    make, size = _maker(op, sample, dtype, direction), _sizer(op, sample, dtype, direction)
+                    yield Case(op.name, sample.label, dtype, direction, make, size)
 
 
 def _maker(op: Op[..., Any], sample: Sample, dtype: str, direction: str) -> Callable[[torch.device, bool], Work]:
     return lambda device, compile_: record_work(op, sample, dtype, direction, device, compile_)
+
+
+def _sizer(op: Op[..., Any], sample: Sample, dtype: str, direction: str) -> Callable[[], tuple[int, int]]:
+    """By the record's cost on meta tensors; a backward counts twice its forward."""
+    times = 3 if direction == BOTH else 1
+
+    def size() -> tuple[int, int]:
+        cost = op.cost(**make(op, sample, DTYPES[dtype], "meta"))
+        return times * cost.flops, times * cost.bytes
+
+    return size
 
 
 def record_work(
@@ -226,7 +240,9 @@ def _packed_linear(dtypes: Sequence[str], directions: Sequence[str]) -> Iterator
     for label, rows, inner, outer, act in shapes:
         for dtype in dtypes:
             if FORWARD in directions:
-                yield Case("packed_linear", label, dtype, FORWARD, _linear_maker(rows, inner, outer, act, dtype))
+                make = _linear_maker(rows, inner, outer, act, dtype)
+                work = 8 * rows * inner * outer, 0
+                yield Case("packed_linear", label, dtype, FORWARD, make, lambda work=work: work)
 
 
 def _linear_maker(rows: int, inner: int, outer: int, act: str, dtype: str) -> Callable[[torch.device, bool], Work]:

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# what makes a processor pretend to be less than it is
+_LIMITS = ("MAETOK_FAST_CPU", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")
 _CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
 
 
@@ -31,7 +33,10 @@ def describe(device: torch.device) -> dict[str, Any]:
     info: dict[str, Any] = {
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_name(),
+        "cpu_vendor": _proc("/proc/cpuinfo").get("vendor_id", ""),
+        "cpu_family": int(_proc("/proc/cpuinfo").get("cpu family") or 0),
         "cpu_features": [f for f in _CPU_FEATURES if f in _cpu_flags()],
+        "limited_by": [f"{name}={os.environ[name]}" for name in _LIMITS if os.environ.get(name)],
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gb": _memory_gb("MemTotal"),
@@ -49,6 +54,13 @@ def describe(device: torch.device) -> dict[str, Any]:
             "cuda": torch.version.cuda,
         }
     return info
+
+
+def fast_dtype(device: torch.device) -> str:
+    """The name of the precision that a benchmark takes by itself: bf16 where this device computes it at full rate."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
 
 
 def headline(machine: dict[str, Any]) -> str:

@@ -13,6 +13,8 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,12 +22,14 @@ from typing import Any
 
 import torch
 
-from .cases import COMPILE, COPY, REFERENCE, Case, Work, copy_call
-from .machine import describe, matmul
+from .budget import Budget, calibrate
+from .cases import COMPILE, COPY, FORWARD, REFERENCE, Case, Work, copy_call
+from .machine import describe, fast_dtype, matmul
 from .timing import Spread, rounds
 
 MATMUL = "matmul"
 MATMUL_SIZE = 1024
+OVERHEAD = 0.1  # seconds of a case however small: making it, comparing its outputs
 OURS = "ours"  # followed by the backend's name
 
 
@@ -87,6 +91,21 @@ class Row:
         return cls(**values)
 
 
+def important_first(cases: Sequence[Case], dtype: str) -> list[int]:
+    """The places of the cases in the order in which a budget admits them: every op's first shape before any second one;
+    within that the precision that is fast here before others, forward before forward+backward."""
+    seen: dict[str, list[str]] = {}
+    ranks = []
+    for place, case in enumerate(cases):
+        samples = seen.setdefault(case.op, [])
+        if case.sample not in samples:
+            samples.append(case.sample)
+        only = all(other.dtype == case.dtype for other in cases if other.op == case.op)
+        slow = case.dtype != dtype and not only
+        ranks.append((samples.index(case.sample), slow, case.direction != FORWARD, place))
+    return [rank[-1] for rank in sorted(ranks)]
+
+
 def run(
     cases: Sequence[Case],
     device: torch.device,
@@ -94,18 +113,55 @@ def run(
     compile_: bool = True,
     seconds: float = 0.4,
     tick: Callable[[Case], None] = lambda case: None,
+    budget: Budget | None = None,
 ) -> dict[str, Any]:
-    """Measures all cases; the document that `--json` writes, with `Row`s under "rows"."""
+    """Measures the cases in at most `seconds` of rounds each; the document that `--json` writes, with `Row`s under
+    "rows" in the order of `cases`. Within a budget the important cases come first, those that no time is left for are
+    named in "left_out", and torch.compile is left out of a case when the cases after it need the time."""
     keep_freed_memory(device)
-    rates: dict[str, float] = {}
-    rows = []
-    for case in cases:
+    budget = Budget(math.inf) if budget is None else budget
+    speed = calibrate(device, (case.dtype for case in cases))
+    order = important_first(cases, fast_dtype(device))
+    rows: dict[int, Row] = {}
+    for place in order:
+        flops, moved = cases[place].size()
+        # warm up twice, the first timed block, three rounds: of ours, the reference and the ceilings
+        ideal = OVERHEAD + 8 * speed.seconds(cases[place].dtype, flops, moved)
+        budget.expect(cases[place].key, ideal, cases[place].op, cases[place].key.replace(" | ", ", "))
+    compiling, plain = 10.0, 0  # seconds that torch.compile takes of a case, as measured so far
+    for done, place in enumerate(order):
+        case = cases[place]
+        if not budget.admit(case.key):
+            continue
         tick(case)
-        if device.type == "cpu" and case.dtype not in rates:
-            rates[case.dtype] = _matmul_rate(device, case.dtype)
-        rows.append(measure(case, device, compile_=compile_, seconds=seconds, matmul_rate=rates.get(case.dtype)))
+        after = sum(seconds + budget.seconds(cases[other].key) for other in order[done:])
+        compiled = compile_ and budget.left - after > compiling
+        plain += compile_ and not compiled
+        start = budget.clock()
+        row, warming = measure(
+            case,
+            device,
+            compile_=compiled,
+            seconds=min(seconds, max(0.0, budget.left / 10)),
+            matmul_rate=speed.flops.get(case.dtype) if device.type == "cpu" else None,
+            clock=budget.clock,
+        )
+        rows[place] = row
+        if compiled:
+            compiling = (compiling + warming) / 2
+        spent = budget.clock() - start - warming
+        budget.took(case.key, max(0.0, spent - seconds))
         gc.collect()
-    return {"benchmark": "ops", "schema": 1, "machine": describe(device), "compile": compile_, "rows": rows}
+    if plain:
+        budget.leave_out(f"torch.compile in {plain} of {len(cases)} cases", "compiling them does not fit the time")
+    return {
+        "benchmark": "ops",
+        "schema": 2,
+        "machine": describe(device),
+        "compile": compile_,
+        "left_out": budget.left_out,
+        "rows": [rows[place] for place in sorted(rows)],
+    }
 
 
 def measure(
@@ -116,12 +172,14 @@ def measure(
     seconds: float = 0.4,
     matmul_rate: float | None = None,
     timer: Callable[..., dict[str, list[float]]] = rounds,
-) -> Row:
-    """One case; `matmul_rate` (FLOP/s) decides whether the product is worth a place among the rounds."""
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[Row, float]:
+    """One case, and the seconds that torch.compile took of it; `matmul_rate` (FLOP/s) decides whether the product is
+    worth a place among the rounds."""
     work = case.make(device, compile_)
     with work.running():
         calls = {f"{OURS} {name}": call for name, call in work.ours.items()} | work.peers
-        _warm(calls, work)
+        compiling = _warm(calls, work, clock)
         calls[COPY] = copy_call(work.bytes, device)
         first = timer({COPY: calls[COPY]}, device, seconds=0.0, least=3)
         product = matmul_rate is None or work.flops / matmul_rate > work.bytes / _rate(work.bytes, first[COPY])
@@ -130,7 +188,7 @@ def measure(
             calls[MATMUL], flops = matmul(device, case.dtype, MATMUL_SIZE)
             calls[MATMUL]()
         samples = timer(calls, device, seconds=seconds)
-    return _row(case, work, samples, flops)
+    return _row(case, work, samples, flops), compiling
 
 
 def _row(case: Case, work: Work, samples: dict[str, list[float]], matmul_flops: float) -> Row:
@@ -159,28 +217,29 @@ def _row(case: Case, work: Work, samples: dict[str, list[float]], matmul_flops: 
     )
 
 
-def _warm(calls: dict[str, Callable[[], Any]], work: Work) -> None:
-    """Calls everything twice: the compiler and the allocators do their work here. A peer that cannot run is dropped."""
+def _warm(calls: dict[str, Callable[[], Any]], work: Work, clock: Callable[[], float]) -> float:
+    """Calls everything twice (once where that takes a second: start-up costs are no matter then): the compiler and the
+    allocators do their work here. A peer that cannot run is dropped. Returns what torch.compile took."""
+    compiling = 0.0
     for name in list(calls):
+        start = clock()
         try:
             calls[name]()
-            calls[name]()
+            if name == COMPILE:
+                compiling = clock() - start
+            if name == COMPILE or clock() - start < 1.0:
+                calls[name]()
         except Exception as error:  # dynamo wraps whatever the back end raised
             if name != COMPILE:
                 raise
             text = str(error).strip().splitlines()
             work.notes.append(f"no {name}: {text[0] if text else type(error).__name__}")
             del calls[name]
+    return compiling
 
 
 def _rate(amount: float, samples: Sequence[float]) -> float:
     return amount / Spread.of(samples).median
-
-
-def _matmul_rate(device: torch.device, dtype: str) -> float:
-    fn, flops = matmul(device, dtype, MATMUL_SIZE)
-    fn()
-    return _rate(flops, rounds({MATMUL: fn}, device, seconds=0.0, least=3)[MATMUL])
 
 
 def keep_freed_memory(device: torch.device) -> bool:
@@ -205,7 +264,7 @@ def load(path: Path) -> dict[str, Any]:
     """What `save` wrote. ValueError in words for anything else."""
     try:
         raw = json.loads(path.read_text())
-        if raw["benchmark"] != "ops" or raw["schema"] != 1:
+        if raw["benchmark"] != "ops" or raw["schema"] != 2:
             raise KeyError("schema")
         return raw | {"rows": [Row.from_json(row) for row in raw["rows"]]}
     except (KeyError, TypeError, json.JSONDecodeError) as error:

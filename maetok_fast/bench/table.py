@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .cases import COMPILE, COPY, REFERENCE
@@ -15,6 +16,8 @@ from .timing import Spread
 if TYPE_CHECKING:
     from rich.table import Table
 
+FAILED = 3.0  # torch.compile this much slower than its own input has failed
+LARGE = 10.0  # a ratio that needs a word
 COLUMNS = (
     "op, shape",
     "dtype",
@@ -64,13 +67,37 @@ def _worse(row: Row) -> bool:
     return spread is not None and spread.high < 1 and row.attained < 0.8
 
 
-def remarks(rows: Sequence[Row]) -> list[str]:
-    """What needs words: notes, reasons of missing backends, other backends' times."""
-    out: dict[str, None] = {}
-    for row in rows:
+def failed_compile(row: Row) -> bool:
+    """Whether torch.compile made code that is far slower than the eager code it was given. A ratio to that says nothing
+    about ours, and no median counts it."""
+    if COMPILE not in row.times or REFERENCE not in row.times:
+        return False
+    return row.times[COMPILE].median > FAILED * row.times[REFERENCE].median
+
+
+def outlier(row: Row) -> str | None:
+    """Which peer is slow, where a ratio is larger than a good kernel explains."""
+    if failed_compile(row):
+        slower = row.times[COMPILE].median / row.times[REFERENCE].median
+        return f"torch.compile made code {slower:.0f} x slower than the eager reference; not in the median"
+    plain = row.ratios.get(REFERENCE)
+    if plain is not None and plain.median > LARGE:
+        share = row.ceiling_seconds / row.times[REFERENCE].median
+        return (
+            f"{plain.median:.0f} x because the reference is slow: eager, a call of torch for each step of the "
+            f"formula, {share:.1%} of the ceiling (ours {row.attained:.0%})"
+        )
+    return None
+
+
+def remarks(document: dict[str, Any]) -> list[str]:
+    """What needs words: what was left out, notes, outliers, reasons of missing backends, other backends' times."""
+    out: dict[str, None] = {f"Left out: {line}.": None for line in document.get("left_out", ())}
+    for row in document["rows"]:
         where = f"{row.op}, {row.sample}, {row.dtype}, {row.direction}"
-        for note in row.notes:
-            out[f"{where}: {note}"] = None
+        for note in (*row.notes, outlier(row)):
+            if note is not None:
+                out[f"{where}: {note}"] = None
         if row.backend == "reference":
             why = "; ".join(f"{name}: {reason}" for name, reason in row.reasons.items()) or "no kernel for this device"
             out[f"{row.op}, {row.sample}, {row.dtype} runs the reference ({why})"] = None
@@ -80,20 +107,40 @@ def remarks(rows: Sequence[Row]) -> list[str]:
     return list(out)
 
 
-def summary(rows: Sequence[Row]) -> list[tuple[str, str, str, float | None, float | None]]:
-    """(op, dtype, direction, median ratio to the reference, to torch.compile) over an op's shapes."""
+@dataclass(frozen=True)
+class Middle:
+    """One op, dtype and direction over its shapes: the median ratio to each peer and how many shapes are behind it
+    (None and 0 where there are none)."""
+
+    op: str
+    dtype: str
+    direction: str
+    ratios: dict[str, float | None]
+    shapes: dict[str, int]
+
+    def text(self, peer: str) -> str:
+        found, count = self.ratios[peer], self.shapes[peer]
+        return "" if found is None else f"{found:.2f} ({count} shape{'s' if count > 1 else ''})"
+
+
+def summary(rows: Sequence[Row]) -> list[Middle]:
+    """Medians over an op's shapes; shapes on which torch.compile failed (`failed_compile`) are not in its median."""
     lines: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
         lines.setdefault((row.op, row.direction, row.dtype), []).append(row)
-
-    def middle(found: list[Row], peer: str) -> float | None:
-        ratios = [row.ratios[peer].median for row in found if peer in row.ratios]
-        return statistics.median(ratios) if ratios else None
-
-    return [
-        (op, dtype, direction, middle(found, REFERENCE), middle(found, COMPILE))
-        for (op, direction, dtype), found in lines.items()
-    ]
+    out = []
+    for (op, direction, dtype), found in lines.items():
+        kept = {
+            peer: [
+                row.ratios[peer].median
+                for row in found
+                if peer in row.ratios and not (peer == COMPILE and failed_compile(row))
+            ]
+            for peer in (REFERENCE, COMPILE)
+        }
+        middle = {peer: statistics.median(ratios) if ratios else None for peer, ratios in kept.items()}
+        out.append(Middle(op, dtype, direction, middle, {peer: len(ratios) for peer, ratios in kept.items()}))
+    return out
 
 
 def rich_table(document: dict[str, Any]) -> Table:
@@ -119,16 +166,16 @@ def markdown(document: dict[str, Any], command: str = "maetok-fast bench ops --m
     rows: list[Row] = document["rows"]
     out = [f"{headline(machine)}, {machine['threads']} threads. Printed by `{command}`.", ""]
     out += [f"- {note}" for note in NOTES]
-    out += ["", "Median over an op's shapes:", "", "| op | dtype | direction | x reference | x torch.compile |"]
-    out += ["|---|---|---|---|---|"]
-    for op, dtype, direction, plain, compiled in summary(rows):
-        texts = ("" if r is None else f"{r:.2f}" for r in (plain, compiled))
-        out.append(f"| {op} | {dtype} | {direction} | {' | '.join(texts)} |")
+    out += ["", "Medians over an op's shapes, and over how many:", ""]
+    out += ["| op | dtype | direction | x reference | x torch.compile |", "|---|---|---|---|---|"]
+    for line in summary(rows):
+        texts = line.text(REFERENCE), line.text(COMPILE)
+        out.append(f"| {line.op} | {line.dtype} | {line.direction} | {' | '.join(texts)} |")
     for op in dict.fromkeys(row.op for row in rows):
         head = ("shape", *COLUMNS[1:])
         out += ["", f"### {op}", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
         out += [f"| {' | '.join(_escape(cell) for cell in cells(row))} |" for row in rows if row.op == op]
-    said = remarks(rows)
+    said = remarks(document)
     if said:
         out += ["", "Remarks:", "", *(f"- {_escape(line)}" for line in said)]
     return "\n".join(out) + "\n"

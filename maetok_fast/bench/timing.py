@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from .budget import Budget
 from .machine import synchronize
 
 
@@ -45,26 +46,36 @@ def interleave(
     rounds: int = 5,
     once: float = 10.0,
     tick: Callable[[str], None] = lambda name: None,
+    budget: Budget | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
-    """Time all cases in turn, `rounds` times each; no round starts after `until` (time.perf_counter's clock).
+    """Time all cases in turn, `rounds` times each; no round starts that would not end before `until` (clock's time).
 
     The first call of a case warms it up. It is also its sample where no round was left, or where it took longer than
-    `once` seconds (its own work dwarfs any start-up cost by then). `tick(name)` is called before each call.
+    `once` seconds (its own work dwarfs any start-up cost by then). `tick(name)` is called before each call. A budget
+    admits each case before its first call, learns from it, and its deadline is `until`; what it does not admit is
+    absent from the result.
     """
+    if budget is not None:
+        until, clock = min(until, budget.end), budget.clock
     first: dict[str, tuple[float, int | None]] = {}
     for name, fn in cases.items():
+        if budget is not None and not budget.admit(name):
+            continue
         tick(name)
         with PeakMemory(device) as peak:
-            elapsed = _once(fn, device)
+            elapsed = _once(fn, device, clock)
         first[name] = elapsed, peak.extra_bytes
-    repeated = [name for name, (elapsed, _) in first.items() if elapsed <= once]
-    samples: dict[str, list[float]] = {name: [] for name in cases}
+        if budget is not None:
+            budget.took(name, elapsed)
+    repeated = {name: elapsed for name, (elapsed, _) in first.items() if elapsed <= once}
+    samples: dict[str, list[float]] = {name: [] for name in first}
     for _ in range(rounds):
-        if not repeated or time.perf_counter() > until:
+        if not repeated or clock() + sum(repeated.values()) > until:
             break
         for name in repeated:
             tick(name)
-            samples[name].append(_once(cases[name], device))
+            samples[name].append(_once(cases[name], device, clock))
     return {
         name: Timing(
             statistics.median(samples[name] or [elapsed]), max(1, len(samples[name])), bool(samples[name]), extra
@@ -73,12 +84,12 @@ def interleave(
     }
 
 
-def _once(fn: Callable[[], Any], device: torch.device) -> float:
+def _once(fn: Callable[[], Any], device: torch.device, clock: Callable[[], float]) -> float:
     synchronize(device)
-    start = time.perf_counter()
+    start = clock()
     fn()
     synchronize(device)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 @dataclass(frozen=True)

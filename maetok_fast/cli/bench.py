@@ -23,6 +23,10 @@ def bench_ops(
     direction: Annotated[list[str] | None, typer.Option(help="forward, forward+backward; default both.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda; default cuda where there is one.")] = "",
     quick: Annotated[bool, typer.Option("--quick", help="The first shape of each op, few rounds.")] = False,
+    budget: Annotated[
+        float | None, typer.Option(help="Seconds that measuring may take; default 240 with --quick, else no limit.")
+    ] = None,
+    op_file: Annotated[list[Path] | None, typer.Option(help="The op records of this file, not the library's.")] = None,
     no_compile: Annotated[bool, typer.Option("--no-compile", help="Leave torch.compile out.")] = False,
     json: Annotated[Path | None, typer.Option(help="Write the numbers, with the machine.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the table into this page, between its markers.")] = None,
@@ -33,13 +37,18 @@ def bench_ops(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from maetok_fast.bench import cases, ops, table
+    from maetok_fast.bench.budget import Budget
+    from maetok_fast.kernels._drive import load as load_ops
 
     try:
+        if budget is not None and not 0 < budget < float("inf"):
+            raise ValueError(f"--budget expects a number of seconds above 0, got {budget}")
+        others = [record.name for path in op_file or () for record in load_ops(path)]
         if load is not None:
             document = ops.load(load)
         else:
             found = cases.all_cases(
-                op=op or (),
+                op=op or others,
                 dtype=dtype or ("fp32", "bf16"),
                 direction=direction or cases.DIRECTIONS,
                 samples=1 if quick else None,
@@ -52,14 +61,21 @@ def bench_ops(
                 def tick(case: cases.Case) -> None:
                     bar.update(task, advance=1, description=case.key)
 
-                document = ops.run(found, where, compile_=not no_compile, seconds=0.1 if quick else 0.4, tick=tick)
+                document = ops.run(
+                    found,
+                    where,
+                    compile_=not no_compile,
+                    seconds=0.1 if quick else 0.4,
+                    tick=tick,
+                    budget=Budget(budget or (240.0 if quick else float("inf"))),
+                )
     except (ValueError, OSError) as error:
         typer.echo(f"maetok-fast bench ops: {error}", err=True)
         raise typer.Exit(2) from None
     console = Console()
     console = Console(width=max(console.width, 150))
     console.print(table.rich_table(document))
-    for note in (*table.NOTES, *table.remarks(document["rows"])):
+    for note in (*table.NOTES, *table.remarks(document)):
         console.print(note, markup=False, highlight=False)
     if json is not None:
         ops.save(document, json)

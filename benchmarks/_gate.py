@@ -26,8 +26,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .machine import synchronize
-from .timing import quantile
+from maetok_fast.bench.machine import synchronize
+from maetok_fast.bench.timing import quantile
 
 LIMIT = 1.05  # head / base above this is a regression: half way to the 10 % that must never pass
 DOUBT = 1.03  # above this one process is not believed
