@@ -31,7 +31,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,10 +107,14 @@ def _float32() -> Any:
 
 
 def record(
-    arch: int, dtypes: tuple[str, ...] = ("bfloat16", "float32"), reached: set[tuple[Any, ...]] | None = None
+    arch: int,
+    dtypes: tuple[str, ...] = ("bfloat16", "float32"),
+    reached: set[tuple[Any, ...]] | None = None,
+    records: Sequence[Any] = (),
 ) -> tuple[list[Launch], dict[str, int]]:
-    """(distinct launches, number of launches by "op | direction | sample") of every op's real samples on sm_`arch`.
-    `reached` collects the rows of the tile table, (kernel, itemsize, head_dim, rotates, architecture at least)."""
+    """(distinct launches, number of launches by "op | direction | sample") of every op's real samples on sm_`arch`, or
+    of `records` only. `reached` collects the rows of the tile table, (kernel, itemsize, head_dim, rotates, architecture
+    at least)."""
     import torch
     from triton.runtime.jit import JITFunction
 
@@ -142,7 +146,7 @@ def record(
     attention.attention_tile = attention_tile
     try:
         with pretend_arch(arch):
-            for op, dtype in itertools.product(ops().values(), dtypes):
+            for op, dtype in itertools.product(records or ops().values(), dtypes):
                 if "triton" in op.known:
                     for sample in [*(s for s in op.samples if s.real), *extra_samples(op.name)]:
                         _run(op, sample, getattr(torch, dtype), current)
@@ -263,27 +267,39 @@ def missed_tiles(reached: set[tuple[Any, ...]]) -> list[str]:
     return [f"tile {row}: no sample reaches it, so it was not compiled" for row in sorted(every - reached, key=str)]
 
 
+def load_files(files: Sequence[str]) -> list[Any]:
+    """The op records of these files, which the compiling processes need too."""
+    from maetok_fast.kernels._drive import load
+
+    return [op for path in files for op in load(path)]
+
+
 def build(
-    progress: Callable[[str], None] = lambda line: None, only: str = "", archs: tuple[int, ...] = ARCHS
+    progress: Callable[[str], None] = lambda line: None,
+    only: str = "",
+    archs: tuple[int, ...] = ARCHS,
+    files: Sequence[str] = (),
 ) -> Report:
-    """The whole report; `only` keeps kernels whose name contains it."""
+    """The whole report; `only` keeps kernels whose name contains it, `files` are reported instead of the library."""
     import triton
 
     work: list[tuple[Launch, int]] = []
     counts: dict[str, int] = {}
     reached: set[tuple[Any, ...]] = set()
     for arch in archs:
-        launches, counts = record(arch, reached=reached)
+        launches, counts = record(arch, reached=reached, records=load_files(files))
         work += [(launch, arch) for launch in launches if only in launch.kernel]
     report = Report(triton.__version__, launches=dict(sorted(counts.items())))
-    if archs == ARCHS:
+    if archs == ARCHS and not files:
         report.missed = missed_tiles(reached)
     if work:
-        with ProcessPoolExecutor(min(len(work), os.cpu_count() or 1)) as pool:
+        cores = min(len(work), os.cpu_count() or 1)
+        with ProcessPoolExecutor(cores, initializer=load_files, initargs=(files,)) as pool:
             for row in pool.map(compile_launch, *zip(*work)):
                 report.rows.append(row)
                 progress(row.key)
-    add_cuda(report, progress, only, archs)
+    if not files:
+        add_cuda(report, progress, only, archs)
     report.rows.sort(key=lambda r: (r.op, r.direction, r.launch, r.arch))
     return report
 
@@ -299,11 +315,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help=f"store the table in {TABLE.name}")
     parser.add_argument("--check", action="store_true", help="fail on a broken rule or a regression")
     parser.add_argument("--only", default="", help="only kernels whose name contains this")
+    parser.add_argument("--op-file", action="append", default=[], help="the op records of this file, not the library's")
     args = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         parser.error("unset TRITON_INTERPRET: the interpreter and the compiler cannot share a process")
-    if args.write and args.only:
-        parser.error("--write stores the whole table: leave --only out")
+    if args.write and (args.only or args.op_file):
+        parser.error("--write stores the whole table: leave --only and --op-file out")
+    try:
+        load_files(args.op_file)
+    except ValueError as error:
+        parser.error(str(error))
 
     if args.only and not any(args.only in row.launch for row in load().rows) and not _written(args.only):
         parser.error(f"--only {args.only}: no kernel has this in its name")
@@ -316,7 +337,7 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else 170)
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("compiling", total=None)
-        report = build(lambda _line: bar.advance(task), args.only)
+        report = build(lambda _line: bar.advance(task), args.only, files=args.op_file)
     table = Table("kernel", "arch", "regs", "spill B", "shared B", "tensor-core", "", title=f"Triton {report.triton}")
     for row in report.rows:
         note = row.error or ("wgmma serialised" if row.serialised else "")
@@ -330,7 +351,7 @@ def main(argv: list[str] | None = None) -> int:
     if report.unchecked:
         console.print(f"[yellow]{report.unchecked}")
     problems = broken_rules(report)
-    if args.check and not args.only:
+    if args.check and not args.only and not args.op_file:
         problems += regressions(report, load())
     if args.write:
         save(report)

@@ -120,8 +120,8 @@ def _record_cases(op: Op[..., Any], dtypes: Sequence[str], directions: Sequence[
             seen.add(shape)
             for direction in directions:
                 if direction == FORWARD or op.differentiable:
-                    make, size = _maker(op, sample, dtype, direction), _sizer(op, sample, dtype, direction)
-                    yield Case(op.name, sample.label, dtype, direction, make, size)
+                    work, size = _maker(op, sample, dtype, direction), _sizer(op, sample, dtype, direction)
+                    yield Case(op.name, sample.label, dtype, direction, work, size)
 
 
 def _maker(op: Op[..., Any], sample: Sample, dtype: str, direction: str) -> Callable[[torch.device, bool], Work]:
