@@ -1,11 +1,14 @@
 # Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
-"""Checks of inputs and configurations: one sentence that names what was given and what was expected. Of tensors only
-shapes and dtypes, but for `check_label_range`, so they cost no synchronisation and `torch.compile` folds them into its
-guards."""
+"""Checks of arguments and configurations: one sentence that names what was given and what was expected.
+
+Of tensors shapes and dtypes only, but for `check_label_range`, so they cost no synchronisation and `torch.compile`
+folds them into its guards. A check that reads values is left out where there are none to read (`readable`).
+"""
 
 from __future__ import annotations
 
 import math
+import numbers
 import operator
 from typing import Any
 
@@ -13,15 +16,18 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "autocasts",
     "check_dtype",
     "check_integers",
     "check_label_range",
     "check_labels",
     "check_number",
+    "check_positive",
     "check_ratio",
     "check_tensor",
     "check_times",
     "height_width",
+    "readable",
 ]
 
 _CAST = (torch.float32, torch.bfloat16, torch.float16)
@@ -43,9 +49,7 @@ def check_dtype(name: str, x: Tensor, weight: Tensor) -> None:
         raise TypeError(
             f"{name}: expected {weight.dtype}, got {x.dtype}; convert and scale the values to floating point"
         )
-    device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    casts = x.dtype in _CAST and weight.dtype in _CAST and autocast
+    casts = x.dtype in _CAST and weight.dtype in _CAST and autocasts(x.device.type)
     if x.dtype != weight.dtype and not casts:
         raise TypeError(
             f"{name}: expected the model's dtype {weight.dtype}, got {x.dtype}; use .to({weight.dtype})"
@@ -60,14 +64,25 @@ def check_integers(owner: str, **values: Any) -> None:
             raise TypeError(f"{owner}: {name} must be an integer, got {value!r}")
 
 
+def check_positive(owner: str, **values: Any) -> None:
+    """TypeError unless each value is an int, ValueError unless it is at least 1: before anything divides by it."""
+    check_integers(owner, **values)
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"{owner}: {name} must be at least 1, got {value}")
+
+
 def check_number(owner: str, name: str, value: Any, low: float, high: float = math.inf, *, above: bool = False) -> None:
-    """TypeError unless value is a number; ValueError unless finite, at least low (`above`: above it) and below high."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    """TypeError unless value is a real number, ValueError unless low <= value < high (low < value with `above`).
+
+    NaN lies in no range, and infinity in none either: `high` is excluded.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{owner}: {name} must be a number, got {value!r}")
-    if not math.isfinite(value) or not (low < value < high if above else low <= value < high):
-        lowest = "" if low == -math.inf else f" {'above' if above else 'of at least'} {low:g}"
-        highest = "" if high == math.inf else f" and below {high:g}"
-        raise ValueError(f"{owner}: {name} must be a finite number{lowest}{highest}, got {value!r}")
+    if not low <= float(value) < high or (above and value == low):
+        floor = "" if low == -math.inf else f" {'>' if above else '>='} {low:g}"
+        ceiling = "" if high == math.inf else f" and < {high:g}"
+        raise ValueError(f"{owner}: {name} must be finite{floor and ','}{floor}{ceiling}, got {value!r}")
 
 
 def check_ratio(owner: str, dim: int, mlp_ratio: Any) -> None:
@@ -105,11 +120,11 @@ def check_labels(y: Any, batch: int, config: Any) -> None:
 def check_label_range(y: Tensor, config: Any) -> None:
     """ValueError unless labels y (B,), B >= 1, lie in 0 .. config.num_classes (less one without a null class).
 
-    Reads the values, so on a GPU it waits for them; where there are none to read (compiled, fake, meta, in a tracer or
-    under torch.func) nothing is checked. A config that names no classes allows all.
+    Reads the values, so on a GPU it waits for them; where there are none to read it passes. A config that names no
+    classes allows all.
     """
     classes = getattr(config, "num_classes", None)
-    if classes is None or not _readable(y):
+    if classes is None or not readable(y):
         return
     last = classes if getattr(config, "label_dropout", 0.0) > 0 else classes - 1
     low, high = (int(v) for v in torch.stack(torch.aminmax(y)).tolist())
@@ -118,12 +133,20 @@ def check_label_range(y: Tensor, config: Any) -> None:
         raise ValueError(f"y: class labels must be 0 .. {last}{null}; got {low if low < 0 else high}")
 
 
-def _readable(x: Tensor) -> bool:
-    """Whether x holds values that Python may read."""
-    if torch.compiler.is_compiling() or x.device.type == "meta" or torch._C._get_tracing_state() is not None:
+def autocasts(device_type: str) -> bool:
+    """Whether autocast is on for this device type; never for those that have none (meta), where torch itself raises."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def readable(x: Tensor) -> bool:
+    """Whether x's values can be read here: not under the compiler, a trace, torch.func (vmap, grad, jvp), or a fake
+    mode, and not of a meta tensor or a subclass (fake, functional or distributed tensors)."""
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter) or x.device.type == "meta":
         return False
-    plain = type(x) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(x)
-    return plain and torch._C._len_torch_dispatch_stack() == 0  # a mode: fake tensors, a tracer
+    keys = torch._C._TorchDispatchModeKey
+    return torch._C._functorch.peek_interpreter_stack() is None and all(
+        torch._C._get_dispatch_mode(key) is None for key in (keys.FAKE, keys.PROXY)
+    )
 
 
 def _show(shape: tuple[int | str, ...]) -> str:

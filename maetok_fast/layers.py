@@ -9,19 +9,18 @@
       │  Mlp | SwiGLU     Linear -> bias_gelu | swiglu -> Linear
 
 Parameter names are those of timm and of the public DiT/SiT code (`qkv`, `proj`, `fc1`, `fc2`, `gamma`, `w12`, ...), so
-weights load without renaming. Where tokens stand is told by `maetok_fast.positions`.
+weights load without renaming. Where tokens lie, and how they turn: positions.py.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from maetok_fast.checks import check_integers, check_number
+from maetok_fast.checks import autocasts, check_positive
 from maetok_fast.kernels import adaln, bias_gelu, gate_residual, residual_adaln, rope_attention, swiglu
 
 __all__ = [
@@ -36,23 +35,16 @@ __all__ = [
     "Residual",
     "SwiGLU",
     "TimestepEmbedder",
+    "drop_path",
     "unpatchify",
 ]
-
-
-def _positive(owner: str, **sizes: int) -> None:
-    """TypeError or ValueError unless each is an integer of at least 1."""
-    check_integers(owner, **sizes)
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{owner}: {name} must be positive, got {size}")
 
 
 def _read_dtype(x: Tensor) -> str:
     """The dtype in which a linear reads what a norm writes, by name: under autocast its dtype (the norm then writes it,
     once), else "", the norm's own."""
     device = x.device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    if not autocasts(device):
         return ""
     return str(torch.get_autocast_dtype(device)).removeprefix("torch.")
 
@@ -98,6 +90,7 @@ class LayerNorm(_Norm):
 
     def __init__(self, dim: int, eps: float = 1e-6, affine: bool = True) -> None:
         super().__init__()
+        check_positive("LayerNorm", dim=dim)
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim)) if affine else None
         self.bias = nn.Parameter(torch.zeros(dim)) if affine else None
@@ -107,10 +100,12 @@ class RMSNorm(_Norm):
     """`x * rsqrt(mean(x^2) + eps) * weight`, weight (D,), eps 1e-6 (LLaMA's definition). See `_Norm`."""
 
     kind = "rms"
+    weight: Tensor
     bias = None
 
     def __init__(self, dim: int, eps: float = 1e-6) -> None:
         super().__init__()
+        check_positive("RMSNorm", dim=dim)
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
@@ -124,7 +119,7 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, qk_norm: str = "none") -> None:
         super().__init__()
-        _positive("Attention", dim=dim, num_heads=num_heads)
+        check_positive("Attention", dim=dim, num_heads=num_heads)
         if dim % num_heads:
             raise ValueError(f"Attention: dim {dim} is not divisible by num_heads {num_heads}; choose a divisor of dim")
         if qk_norm not in ("none", "layer", "rms"):
@@ -135,11 +130,9 @@ class Attention(nn.Module):
         self.eps = 1e-5 if qk_norm == "layer" else 1e-6
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
-        self.q_norm: nn.LayerNorm | RMSNorm | None
-        self.k_norm: nn.LayerNorm | RMSNorm | None
         if qk_norm == "layer":
-            self.q_norm = nn.LayerNorm(self.head_dim, eps=self.eps)
-            self.k_norm = nn.LayerNorm(self.head_dim, eps=self.eps)
+            self.q_norm: nn.LayerNorm | RMSNorm | None = nn.LayerNorm(self.head_dim, eps=self.eps)
+            self.k_norm: nn.LayerNorm | RMSNorm | None = nn.LayerNorm(self.head_dim, eps=self.eps)
         elif qk_norm == "rms":
             self.q_norm = RMSNorm(self.head_dim, self.eps)
             self.k_norm = RMSNorm(self.head_dim, self.eps)
@@ -154,47 +147,33 @@ class Attention(nn.Module):
         prefix: int = 0,
         first_query: int = 0,
         num_queries: int | None = None,
-        equal: int | None = None,
+        repeated: int | None = None,
     ) -> Tensor:
         """x (B, N, D) -> (B, Nq, D) for the queries first_query .. first_query + num_queries - 1 (all by default).
 
         rope: `rope_table`'s (2, heads or 1, M, head_dim / 2); the tokens prefix .. prefix + M - 1 are rotated.
-        equal: how many equal tokens the one at `prefix` stands for; they are projected once and rotated apart.
+        repeated: x holds token `prefix` once that stands for so many equal ones; N, queries and rope count them all.
         """
-        return self.proj(
-            self.mix(x, rope, prefix=prefix, first_query=first_query, num_queries=num_queries, equal=equal)
-        )
-
-    def mix(
-        self,
-        x: Tensor,
-        rope: Tensor | None = None,
-        *,
-        prefix: int = 0,
-        first_query: int = 0,
-        num_queries: int | None = None,
-        equal: int | None = None,
-    ) -> Tensor:
-        """`forward` without the projection behind the heads: what `Residual` adds through `self.proj`."""
         qkv = self.qkv(x)
-        if equal is not None:
-            same = qkv[:, prefix : prefix + 1].expand(-1, equal, -1)
+        if repeated is not None:
+            same = qkv[:, prefix : prefix + 1].expand(-1, repeated, -1)
             qkv = torch.cat([qkv[:, :prefix], same, qkv[:, prefix + 1 :]], dim=1)
         qkv = qkv.view(*qkv.shape[:2], 3, self.num_heads, self.head_dim)
         q, k = self.q_norm, self.k_norm
-        return rope_attention(
+        out = rope_attention(
             qkv,
             rope,
             None if q is None else q.weight,
-            getattr(q, "bias", None),
+            None if q is None else q.bias,
             None if k is None else k.weight,
-            getattr(k, "bias", None),
+            None if k is None else k.bias,
             prefix=prefix,
             qk_norm=self.qk_norm,
             eps=self.eps,
             first_query=first_query,
             num_queries=num_queries,
         )
+        return self.proj(out)
 
 
 class Mlp(nn.Module):
@@ -202,19 +181,15 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden: int, approximate: str = "none") -> None:
         super().__init__()
-        _positive("Mlp", dim=dim, hidden=hidden)
-        if approximate not in ("none", "tanh"):
-            raise ValueError(f"Mlp: approximate must be 'none' (erf) or 'tanh', got {approximate!r}")
+        check_positive("Mlp", dim=dim, hidden=hidden)
         self.approximate = approximate
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
 
-    def hidden(self, x: Tensor) -> Tensor:
-        """GELU(fc1(x)): `forward` without fc2, which `Residual` takes."""
-        return bias_gelu(self.fc1(x), None, self.approximate)
-
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.hidden(x))
+        # fc1 keeps its bias: the GEMM adds it as fast as the op (SiT-XL on a CPU: within 2 %), and fc1 may have been
+        # exchanged for a layer of another precision, which only a call of the module reaches
+        return self.fc2(bias_gelu(self.fc1(x), None, self.approximate))
 
 
 class SwiGLU(nn.Module):
@@ -222,7 +197,7 @@ class SwiGLU(nn.Module):
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        _positive("SwiGLU", dim=dim, hidden=hidden)
+        check_positive("SwiGLU", dim=dim, hidden=hidden)
         self.w12 = nn.Linear(dim, 2 * hidden)
         self.w3 = nn.Linear(hidden, dim)
 
@@ -235,6 +210,7 @@ class Modulation(nn.Sequential):
     per_token: whether its input has a row per token (MoVQ's latents) or one per image."""
 
     def __init__(self, dim: int, out: int, per_token: bool = False) -> None:
+        check_positive("Modulation", dim=dim, out=out)
         super().__init__(nn.SiLU(), nn.Linear(dim, out))
         self.per_token = per_token
         self.reset_parameters()
@@ -244,9 +220,9 @@ class Modulation(nn.Sequential):
         """The projection alone, for callers that apply SiLU once for many."""
         return cast(nn.Linear, self[1])
 
-    def split(self, c: Tensor, parts: int, used: int) -> Sequence[Tensor]:
-        """The first `used` of `parts` equal parts of the modulation of c (..., dim), each (..., out / parts)."""
-        return self(c).chunk(parts, dim=-1)[:used]
+    def parts(self, x: Tensor, count: int, wanted: int) -> tuple[Tensor, ...]:
+        """The first `wanted` of the `count` equal parts of the result for x (..., dim)."""
+        return self(x).chunk(count, dim=-1)[:wanted]
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.linear.weight)
@@ -254,54 +230,41 @@ class Modulation(nn.Sequential):
 
 
 class Residual(nn.Module):
-    """The end of a residual branch: `forward(x, layer, y) = x + layer(y)`, `layer` being the branch's last linear.
+    """How a branch joins the stream: `forward(x, branch) = x + branch`, and `normed(...)` the same together with the
+    norm that follows, `norm.after` in one pass -> (h, norm of h). x and branch (B, N, D)."""
 
-    The layer is an argument so that whoever prepares a model can add x in its GEMM. rate: of stochastic depth: in
-    training the branch of each sample is zeroed with this probability and the others are divided by 1 - rate, so that
-    the expectation stays (Huang et al. 2016).
-    """
-
-    gamma: nn.Parameter | None
-
-    def __init__(self, rate: float = 0.0) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        check_number(type(self).__name__, "rate", rate, 0.0, 1.0)
-        self.rate = rate
-        self.register_parameter("gamma", None)
+        self.gamma: Tensor | None = None
 
-    def branch(self, layer: nn.Module, y: Tensor) -> Tensor:
-        """layer(y) (B, N, D), thinned by stochastic depth."""
-        out = layer(y)
-        if not self.training or self.rate == 0.0:
-            return out
-        keep = torch.rand(out.shape[0], 1, 1, device=out.device) >= self.rate
-        return out * (keep / (1.0 - self.rate)).to(out.dtype)
+    def forward(self, x: Tensor, branch: Tensor) -> Tensor:
+        return x + branch
 
-    def forward(self, x: Tensor, layer: nn.Module, y: Tensor) -> Tensor:
-        """x (B, N, D) + gamma * branch."""
-        branch = self.branch(layer, y)
-        return x + branch if self.gamma is None else gate_residual(x, self.gamma, branch)
-
-    def then_norm(
+    def normed(
         self,
         x: Tensor,
-        layer: nn.Module,
-        y: Tensor,
-        norm: LayerNorm | RMSNorm,
+        branch: Tensor,
+        norm: _Norm,
         shift: Tensor | None = None,
         scale: Tensor | None = None,
         offset: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
-        """(the sum, `norm` of it), in one pass; shift, scale and offset as the norm takes them."""
-        return norm.after(x, self.branch(layer, y), self.gamma, shift, scale, offset)
+        return norm.after(x, branch, self.gamma, shift, scale, offset)
 
 
 class LayerScale(Residual):
-    """A `Residual` with a learned gamma (D,): x + gamma * layer(y) (CaiT; DINOv2 starts at 1e-5)."""
+    """`forward(x, branch) = x + gamma * branch` with a learned gamma (D,) (CaiT; DINOv2 starts at 1e-5), one pass of
+    `gate_residual`."""
 
-    def __init__(self, dim: int, rate: float = 0.0, init: float = 1e-5) -> None:
-        super().__init__(rate)
+    gamma: Tensor
+
+    def __init__(self, dim: int, init: float = 1e-5) -> None:
+        super().__init__()
+        check_positive("LayerScale", dim=dim)
         self.gamma = nn.Parameter(torch.full((dim,), init))
+
+    def forward(self, x: Tensor, branch: Tensor) -> Tensor:
+        return gate_residual(x, self.gamma, branch)
 
 
 class PatchEmbed(nn.Module):
@@ -309,7 +272,7 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, channels: int, dim: int, patch: int) -> None:
         super().__init__()
-        _positive("PatchEmbed", channels=channels, dim=dim, patch=patch)
+        check_positive("PatchEmbed", channels=channels, dim=dim, patch=patch)
         self.proj = nn.Conv2d(channels, dim, kernel_size=patch, stride=patch)
 
     def reset_bias(self) -> None:
@@ -328,9 +291,9 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, dim: int, features: int = 256) -> None:
         super().__init__()
-        _positive("TimestepEmbedder", dim=dim, features=features)
+        check_positive("TimestepEmbedder", dim=dim, features=features)
         if features % 2:
-            raise ValueError(f"TimestepEmbedder: features are cosines and sines, so even in number, got {features}")
+            raise ValueError(f"TimestepEmbedder: features must be even, a cosine and a sine each, got {features}")
         self.features = features
         self.mlp = nn.Sequential(nn.Linear(features, dim), nn.SiLU(), nn.Linear(dim, dim))
 
@@ -355,16 +318,25 @@ class LabelEmbedder(nn.Module):
 
     def __init__(self, num_classes: int, dim: int, dropout: float) -> None:
         super().__init__()
-        _positive("LabelEmbedder", num_classes=num_classes, dim=dim)
-        check_number("LabelEmbedder", "dropout", dropout, 0.0, math.nextafter(1.0, 2.0))
+        check_positive("LabelEmbedder", num_classes=num_classes, dim=dim)
         self.num_classes = num_classes
         self.dropout = dropout
         self.embedding_table = nn.Embedding(num_classes + (dropout > 0), dim)
 
     def forward(self, y: Tensor) -> Tensor:
         if self.training and self.dropout > 0:
-            y = torch.where(torch.rand(y.shape, device=y.device) < self.dropout, self.num_classes, y)
+            # not torch.where: it copies its scalar to the device
+            y = y.masked_fill(torch.rand(y.shape, device=y.device) < self.dropout, self.num_classes)
         return self.embedding_table(y)
+
+
+def drop_path(branch: Tensor, rate: float, training: bool) -> Tensor:
+    """Stochastic depth: in training the branch (B, N, D) of each sample is zeroed with probability `rate`, the others
+    are divided by 1 - rate, so that the expectation stays (Huang et al. 2016)."""
+    if not training or rate == 0.0:
+        return branch
+    keep = torch.rand(branch.shape[0], 1, 1, device=branch.device) >= rate
+    return branch * (keep / (1.0 - rate)).to(branch.dtype)
 
 
 def unpatchify(x: Tensor, grid: tuple[int, int], patch: int) -> Tensor:

@@ -1,7 +1,7 @@
 # Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
-"""Position facts, each with its source: pixel order, RoPE frequencies, sin/cos tables, learned positions resampled.
+"""Where tokens lie and how position enters them: pixel order, sin/cos tables, RoPE frequencies, resampled tables.
 
-All of it is computed on the device that asks: a table made on the host would be a copy to wait for in every forward.
+Each fact once, with its source. Everything is plain torch; what a forward calls is computed on the device it names.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import math
 
 import torch
 from torch import Tensor
+
+from maetok_fast.checks import check_positive
 
 __all__ = [
     "axial_frequencies",
@@ -37,6 +39,9 @@ def mixed_frequencies(depth: int, num_heads: int, head_dim: int, theta: float = 
     Magnitudes theta^(-4k / head_dim), k = 0 .. head_dim/4 - 1; each layer and head turns them by one random angle a
     (drawn from torch's default generator) for its first half of pairs and by a + pi/2 for the second half.
     """
+    check_positive("mixed_frequencies", depth=depth, num_heads=num_heads, head_dim=head_dim)
+    if head_dim % 4:
+        raise ValueError(f"mixed_frequencies: head_dim must be divisible by 4, got {head_dim}")
     magnitude = theta ** -(torch.arange(0, head_dim, 4).float() / head_dim)
     angle = torch.rand(depth, num_heads, 1) * 2 * math.pi
     turned = torch.cat([angle.expand(-1, -1, head_dim // 4), angle.expand(-1, -1, head_dim // 4) + math.pi / 2], dim=-1)
@@ -50,8 +55,10 @@ def axial_frequencies(
     """Fixed axial RoPE frequencies (2, 1, 2 * half_dims) for `rope_table`, shared by all heads and layers.
 
     `half_dims` pairs turn with one axis, the next `half_dims` with the other, at theta^(-k / half_dims).
-    `first_axis` "x": columns first (MAETok); "y": rows first (LightningDiT).
+    `first_axis` "x": columns first (MAETok); "y": rows first (LightningDiT). Made on `device` by arithmetic alone, so
+    that a forward which asks for them copies nothing from the host.
     """
+    check_positive("axial_frequencies", half_dims=half_dims)
     f = theta ** -(torch.arange(half_dims, device=device).float() / half_dims)
     zero = torch.zeros_like(f)
     x, y = ((f, zero), (zero, f)) if first_axis == "x" else ((zero, f), (f, zero))
@@ -60,6 +67,7 @@ def axial_frequencies(
 
 def sincos_1d(dim: int, length: int) -> Tensor:
     """Fixed 1-D positions (length, dim) fp32: sin on even, cos on odd channels, w_k = 1e4^(-2k/dim) (Vaswani)."""
+    check_positive("sincos_1d", dim=dim, length=length)
     if dim % 2:
         raise ValueError(f"sincos_1d: dim must be even, got {dim}")
     pos = torch.arange(length, dtype=torch.float32)[:, None]
@@ -72,6 +80,7 @@ def sincos_2d(dim: int, grid: tuple[int, int]) -> Tensor:
 
     The first half of the channels holds the *column*: MAE's table, whose mesh puts the width first.
     """
+    check_positive("sincos_2d", dim=dim, rows=grid[0], columns=grid[1])
     if dim % 4:
         raise ValueError(f"sincos_2d: dim must be divisible by 4, got {dim}")
     omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
@@ -100,5 +109,5 @@ def _bicubic(old: int, new: int, device: torch.device) -> Tensor:
     x = (sources - targets[:, None] * scale).abs() / max(scale, 1.0)
     near = (1.5 * x - 2.5) * x * x + 1
     far = ((-0.5 * x + 2.5) * x - 4) * x + 2
-    w = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
+    w = torch.where(x < 1, near, far.masked_fill(x >= 2, 0.0))
     return w / w.sum(dim=1, keepdim=True)

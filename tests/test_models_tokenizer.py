@@ -310,14 +310,14 @@ def test_the_encoder_is_timms_vit() -> None:
 
 
 def test_drop_path_keeps_the_expectation_and_rests_in_eval() -> None:
-    from maetok_fast.layers import Residual
+    from maetok_fast.layers import drop_path
 
     torch.manual_seed(0)
-    x, residual, identity = torch.ones(4000, 1, 1), Residual(0.25), torch.nn.Identity()
-    y = residual.branch(identity, x)
+    x = torch.ones(4000, 1, 1)
+    y = drop_path(x, 0.25, True)
     assert torch.equal(y, torch.where(y > 0, 1 / 0.75, 0.0))
     assert abs(y.mean() - 1) < 0.05
-    assert residual.eval().branch(identity, x) is x
+    assert drop_path(x, 0.25, False) is x
     model = build(decoder_drop_path=0.5)
     images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
     assert torch.equal(model(images), model(images))
@@ -479,6 +479,21 @@ def test_bad_inputs(call, error: type, message: str) -> None:
         ({"image_size": 250}, "250x250 must be a positive multiple of the patch 16"),
         ({"num_latent_tokens": -1}, "must be >= 0"),
         ({"num_latent_tokens": 0, "decoder_patch": 8}, "must equal"),
+        ({"encoder": 768}, "encoder must be a ViTSize, got 768"),
+        ({"base_image_size": 8}, "base_image_size 8 must be at least a patch of 16"),
+        *(
+            ({name: value}, f"{name} must be finite, >= 0 and < 1, got {value}")
+            for name in ("encoder_drop_path", "decoder_drop_path")
+            for value in (1.0, -0.1, math.nan, math.inf)
+        ),
+        *(
+            ({name: value}, f"{name} must be finite, > 0, got {value}")
+            for name in ("rope_theta", "latent_std")
+            for value in (0.0, -1.0, math.nan, math.inf)
+        ),
+        *(({"latent_mean": value}, "latent_mean must be finite, got") for value in (math.nan, math.inf, -math.inf)),
+        ({"rope_theta": "10"}, "rope_theta must be a number, got '10'"),
+        ({"latent_std": True}, "latent_std must be a number, got True"),
     ],
 )
 def test_bad_configs(fields: dict, message: str) -> None:
@@ -541,3 +556,44 @@ def test_image_token_ablation_guesses_a_square_output() -> None:
         assert model.decode(torch.zeros(1, 8, 6), (32, 64)).shape == (1, 3, 32, 64)
         with pytest.raises(ValueError, match="latents: expected shape"):
             model.decode(torch.zeros(1, 8, 6))
+
+
+COMPILED = [
+    {},
+    {"position": "absolute"},
+    {"position": "axial", "decoder_kind": "plain", "decoder_cls_token": True},
+    {"num_latent_tokens": 0},
+]
+
+
+@pytest.mark.parametrize("changes", COMPILED, ids=str)
+def test_twelve_sizes_are_two_graphs(changes: dict) -> None:
+    """One for the square, whose equal sides torch takes for one size, and one for all others."""
+    size = ViTSize(16, 1, 2)
+    model = build(dtype=torch.float32, encoder=size, decoder=size, **changes)
+    graphs = []
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        model, fullgraph=True, dynamic=True, backend=lambda module, inputs: graphs.append(module) or module
+    )
+    with torch.no_grad():
+        for rows in range(4, 16):
+            images = torch.rand(2, 3, 16 * rows, 64)
+            close(compiled(images), model(images))
+    torch._dynamo.reset()
+    assert len(graphs) <= 2
+
+
+@pytest.mark.parametrize("count", [0, 8])
+@pytest.mark.parametrize("position", ["mixed", "axial", "absolute"])
+@pytest.mark.parametrize("kind", ["plain", "movqv2"])
+def test_what_no_input_reaches_does_not_require_gradients(kind: str, position: str, count: int) -> None:
+    model = build(dtype=torch.float32, decoder_kind=kind, position=position, num_latent_tokens=count)
+    images, mask = torch.rand(2, 3, 64, 64), torch.rand(2, 16) < 0.5
+    model(images, mask).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (parameter.grad is not None), name
+        assert parameter.grad is None or parameter.numel() == 0 or parameter.grad.any(), f"{name} is never read"
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert {"decoder.model.patch_embed.proj.weight", "decoder.model.patch_embed.proj.bias"} <= frozen
+    assert ("decoder.model.pos_embed" in frozen) == (position != "absolute")

@@ -1,5 +1,8 @@
 # Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
-"""The modulations of many sampling steps, computed together and held a chunk at a time."""
+"""Plan: the steps of one sampling run, whose adaLN modulations are computed a chunk at a time.
+
+(t_0 .. t_S) x (unique labels) ── one GEMM per block for a chunk ──> rows ── of_step(i) ──> that step's (B, ...)
+"""
 
 from __future__ import annotations
 

@@ -1,24 +1,34 @@
 # Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
-"""What `prepare` returns: a generator or a tokenizer over the rebuilt model, and what it cannot do, in words."""
+"""What the caller of `prepare` holds: the model's API over a rebuilt model (rebuild.py).
+
+Not supported, and said so in one sentence where it is asked for: gradients of either mode, copying and pickling,
+`.to(device)`, state dicts, training mode (label dropout and stochastic depth are off). Nor torch.compile over packed
+weights. The original model is neither changed nor freed; the prepared one is a snapshot with its own weights: prepare
+again after training on. An enclosing autocast changes nothing, the precision is `prepare`'s. On CUDA nothing is packed:
+the same structure runs eagerly over the dense weights in the chosen dtype.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, NoReturn, overload
+from typing import Any, Generic, NoReturn, TypeVar, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.autograd import forward_ad
 
 from maetok_fast.checks import check_label_range, check_tensor
 from maetok_fast.inference.plan import Plan
 from maetok_fast.inference.rebuild import rebuild
-from maetok_fast.kernels._dispatch import transformed
 from maetok_fast.models.sit import DiffusionTransformer
 from maetok_fast.models.tokenizer import MAETok
 from maetok_fast.precision import Precision, resolve
 
 __all__ = ["PreparedGenerator", "PreparedTokenizer", "prepare"]
+
+M = TypeVar("M", DiffusionTransformer, MAETok)
+P = TypeVar("P", bound="_Prepared[Any]")
 
 
 @overload
@@ -26,12 +36,12 @@ def prepare(model: MAETok, precision: str | torch.dtype | Precision = "auto") ->
 @overload
 def prepare(model: DiffusionTransformer, precision: str | torch.dtype | Precision = "auto") -> PreparedGenerator: ...
 def prepare(
-    model: nn.Module, precision: str | torch.dtype | Precision = "auto"
-) -> PreparedGenerator | PreparedTokenizer:
+    model: MAETok | DiffusionTransformer, precision: str | torch.dtype | Precision = "auto"
+) -> PreparedTokenizer | PreparedGenerator:
     """A fast inference form of a SiT, LightningDiT or MAETok on the device that the model is on.
 
-    precision: of computing and weights: "auto" (the fastest that the device computes at full rate), a name ("bf16",
-    "fp32"; "fp16" on CUDA), a torch dtype or a `Precision`; the result's `precision` says which and why.
+    precision: of computation and weights, whatever `maetok_fast.precision.resolve` knows but fp8; "auto" takes the
+        fastest that the device computes at full rate. The result's `precision` says which, and why.
     Inputs may have any floating dtype, outputs come back in it. TypeError for other models, ValueError for precisions
     that the device or this function lacks.
     """
@@ -39,68 +49,81 @@ def prepare(
         raise TypeError(
             f"prepare knows SiT, LightningDiT and MAETok, not {type(model).__name__}; pass one of these models"
         )
-    chosen = resolve(precision, next(model.parameters()).device)
-    if chosen.name == "fp8":
+    resolved = resolve(precision, next(model.parameters()).device)
+    if resolved.name == "fp8":
         raise ValueError("prepare computes in fp32, bf16 or fp16, fp8 is for training; pass precision='auto'")
-    with torch.no_grad():
-        rebuilt = rebuild(model, chosen.dtype).eval()
-    return (PreparedTokenizer if isinstance(model, MAETok) else PreparedGenerator)(rebuilt, chosen)
+    if isinstance(model, MAETok):
+        return PreparedTokenizer(rebuild(model, resolved.dtype), resolved)
+    return PreparedGenerator(rebuild(model, resolved.dtype), resolved)
 
 
-# What a module has and a prepared model has not, and what to do instead.
-_SNAPSHOT = "it is a snapshot; change the model itself and prepare it again"
-_STAYS = "its packed weights stay where and as they were made; move or cast the model itself and prepare it again"
-_KEEPS = "its packed weights have no state dict; save and load the model itself"
-_MISSING = {
-    **dict.fromkeys(("to", "cpu", "cuda", "half", "float", "double", "bfloat16", "type"), _STAYS),
-    **dict.fromkeys(("state_dict", "load_state_dict", "save_pretrained", "push_to_hub"), _KEEPS),
-    **dict.fromkeys(("parameters", "named_parameters", "buffers", "named_buffers", "apply"), _SNAPSHOT),
-    **dict.fromkeys(("train", "requires_grad_", "zero_grad"), "it computes no gradients; train the model itself"),
-}
+class _Prepared(Generic[M]):
+    """The rebuilt `model`, its `config`, and the `precision` that it computes in."""
 
-
-class _Prepared:
-    """The rebuilt `model`, its `config` and its `precision`."""
-
-    def __init__(self, model: Any, precision: Precision) -> None:
-        self.model, self.precision, self.dtype = model, precision, precision.dtype
-        self.config = model.config
+    def __init__(self, model: M, precision: Precision) -> None:
+        self.model: M = model
+        self.precision, self.dtype = precision, precision.dtype
+        self.config: Any = model.config
 
     def _input(self, name: str, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor) or not x.is_floating_point():
             got = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"{name}: expected a floating-point tensor, got {got}")
-        if x.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(
-                f"{name} requires grad, but a prepared model computes no gradients; use the model itself"
-            )
-        if transformed((x,)):
-            raise RuntimeError(
-                f"{name} is under torch.func or forward-mode AD, and a prepared model has no derivatives; use the model"
-            )
+        _refuse_gradients(name, x)
         return x.to(self.dtype)
 
-    def eval(self) -> Any:
-        """Itself: a prepared model is in eval mode."""
-        return self
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.config}, {self.dtype})"
 
-    def __getattr__(self, name: str) -> NoReturn:
-        why = _MISSING.get(name)
-        raise AttributeError(
-            f"{type(self).__name__} has no attribute {name!r}" + (f": {why}" if why else ""), name=name, obj=self
-        )
+    def _refuse(self, what: str, instead: str) -> NoReturn:
+        raise TypeError(f"a prepared model {what}; {instead}")
+
+    def __deepcopy__(self, memo: object) -> NoReturn:
+        self._refuse("cannot be copied, its packed weights have no copy", "call prepare on the model again")
 
     def __copy__(self) -> NoReturn:
-        raise TypeError(f"{type(self).__name__} cannot be copied: {_SNAPSHOT}")
+        self.__deepcopy__(None)
 
-    def __deepcopy__(self, memo: Any) -> NoReturn:
-        raise TypeError(f"{type(self).__name__} cannot be copied: {_SNAPSHOT}")
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        self._refuse("cannot be pickled or sent to a process", "save the model itself and call prepare after loading")
 
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        raise TypeError(f"{type(self).__name__} cannot be pickled: {_KEEPS}, in the process that runs it")
+    def to(self, *args: object, **kwargs: object) -> NoReturn:
+        """Not supported: the weights are packed for one device and dtype."""
+        self._refuse("stays on its device and in its dtype", "move the model itself and call prepare again")
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.config}, {self.precision.name})"
+    cpu = cuda = half = bfloat16 = float = double = to
+
+    def state_dict(self, *args: object, **kwargs: object) -> NoReturn:
+        """Not supported: packed weights have no portable form."""
+        self._refuse("has no state dict and no parameters", "use those of the model that it was made of")
+
+    load_state_dict = parameters = named_parameters = state_dict
+
+    def eval(self: P) -> P:
+        """Itself: a prepared model is always in eval mode."""
+        return self
+
+    def train(self: P, mode: bool = True) -> P:
+        """Not supported but for `train(False)`."""
+        if mode:
+            self._refuse("is for inference only and cannot train", "train the model itself")
+        return self
+
+    def requires_grad_(self: P, requires_grad: bool = True) -> P:
+        """Not supported but for `requires_grad_(False)`."""
+        if requires_grad:
+            self._refuse("computes no gradients", "use the model itself")
+        return self
+
+
+def _refuse_gradients(name: str, x: Any) -> None:
+    """RuntimeError where a result without derivative would silently be a wrong one."""
+    if not isinstance(x, Tensor):
+        return
+    if x.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(f"{name} requires grad, but a prepared model computes no gradients; use the model itself")
+    if x.is_floating_point() and forward_ad.unpack_dual(x).tangent is not None:
+        raise RuntimeError(f"{name} has a tangent, but a prepared model computes no gradients; use the model itself")
 
 
 @contextlib.contextmanager
@@ -110,12 +133,13 @@ def _computing(device: torch.device) -> Iterator[None]:
         yield
 
 
-class PreparedGenerator(_Prepared):
+class PreparedGenerator(_Prepared[DiffusionTransformer]):
     """A SiT or LightningDiT made fast. Called like the model; samplers use `plan` and `step`."""
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Velocity of latents x (B, L, C) or (B, C, H, W) at times t (B,) in [0, 1] for labels y (B,), in x's dtype."""
         inputs = self._input("x", x)
+        _refuse_gradients("t", t)
         with _computing(x.device):
             return self.model(inputs, t, y).to(x.dtype)
 
@@ -128,6 +152,7 @@ class PreparedGenerator(_Prepared):
             raise ValueError(f"ts must be floating-point times of shape (S,), got {ts.dtype} {tuple(ts.shape)}")
         if y.ndim != 1 or len(y) == 0:
             raise ValueError(f"y must be labels of shape (B,) with B >= 1, got {tuple(y.shape)}")
+        _refuse_gradients("ts", ts)
         check_label_range(y, self.config)
         return Plan(ts.to(y.device), y)
 
@@ -147,7 +172,7 @@ class PreparedGenerator(_Prepared):
             return self.model.forward_modulated(inputs, plan.of_step(i)).to(x.dtype)
 
 
-class PreparedTokenizer(_Prepared):
+class PreparedTokenizer(_Prepared[MAETok]):
     """A MAETok made fast."""
 
     def encode(self, images: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -1,7 +1,8 @@
 # Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
-"""What the models are made from: frozen dataclasses that refuse, when they are made, what no model could run with.
+"""Architectures as data: ViTSize, MAETokConfig, SiTConfig, LightningDiTConfig.
 
-Every number is checked against its range, NaN and infinity included; messages name the field and what it may be.
+Frozen, comparable, and checked when made: a configuration that exists can be built. TypeError where a value has the
+wrong type, ValueError where it lies out of its range (NaN included), each naming the class and the field.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from maetok_fast.checks import check_integers, check_number, check_ratio, height_width
+from maetok_fast.checks import check_integers, check_number, check_positive, check_ratio, height_width
 
 __all__ = ["LightningDiTConfig", "MAETokConfig", "SiTConfig", "ViTSize", "grid_of"]
 
@@ -74,6 +75,14 @@ class MAETokConfig:
             num_latent_tokens=self.num_latent_tokens,
             latent_dim=self.latent_dim,
         )
+        for name in ("encoder_drop_path", "decoder_drop_path"):
+            check_number("MAETokConfig", name, getattr(self, name), 0, 1)
+        for name in ("rope_theta", "latent_std"):
+            check_number("MAETokConfig", name, getattr(self, name), 0, above=True)
+        check_number("MAETokConfig", "latent_mean", self.latent_mean, -math.inf, above=True)
+        for name in ("encoder", "decoder"):
+            if not isinstance(getattr(self, name), ViTSize):
+                raise TypeError(f"MAETokConfig: {name} must be a ViTSize, got {getattr(self, name)!r}")
         if self.decoder_kind not in ("movqv2", "plain"):
             raise ValueError(f"MAETokConfig: decoder_kind {self.decoder_kind!r} is not 'movqv2' or 'plain'")
         if self.position not in ("mixed", "axial", "absolute"):
@@ -83,15 +92,13 @@ class MAETokConfig:
                 f"MAETokConfig: num_latent_tokens {self.num_latent_tokens} must be >= 0, latent_dim {self.latent_dim}, "
                 f"patch {self.patch} and decoder_patch {self.out_patch} >= 1"
             )
-        if self.base_image_size < max(self.patch, self.out_patch):
-            raise ValueError(f"MAETokConfig: base_image_size must be at least a patch, got {self.base_image_size}")
-        check_number("MAETokConfig", "rope_theta", self.rope_theta, 0.0, above=True)
-        check_number("MAETokConfig", "latent_mean", self.latent_mean, -math.inf)
-        check_number("MAETokConfig", "latent_std", self.latent_std, 0.0, above=True)
-        for name in ("encoder_drop_path", "decoder_drop_path"):
-            check_number("MAETokConfig", name, getattr(self, name), 0.0, 1.0)
         for patch in (self.patch, self.out_patch):
             grid_of(self.size, patch, "MAETokConfig: image_size")
+        if self.base_image_size < max(self.patch, self.out_patch):
+            raise ValueError(
+                f"MAETokConfig: base_image_size {self.base_image_size} must be at least a patch of "
+                f"{max(self.patch, self.out_patch)}"
+            )
         if self.num_latent_tokens == 0 and self.out_patch != self.patch:
             raise ValueError("MAETokConfig: without latent tokens the decoder's patch must equal the encoder's")
 
@@ -146,17 +153,17 @@ class SiTConfig:
                 "multiple of heads and of 4"
             )
         check_ratio(name, self.dim, self.mlp_ratio)
-        if not isinstance(self.label_dropout, (int, float)) or not 0 <= self.label_dropout <= 1:
+        probability = isinstance(self.label_dropout, (int, float)) and not isinstance(self.label_dropout, bool)
+        if not probability or not 0 <= self.label_dropout <= 1:
             raise ValueError(f"{name}: label_dropout must be a probability in [0, 1], got {self.label_dropout!r}")
-        if isinstance(tokens, bool):
-            raise TypeError(f"{name}: tokens must be an integer or (height, width), got {tokens!r}")
         if isinstance(tokens, int):
-            if tokens < 1 or self.patch != 1:
-                raise ValueError(f"{name}: 1-D latents need tokens >= 1 and patch 1, got {tokens} and {self.patch}")
+            check_positive(name, tokens=tokens)
+            if self.patch != 1:
+                raise ValueError(f"{name}: 1-D latents need patch 1, got {self.patch}")
         elif (
             not isinstance(tokens, tuple)
             or len(tokens) != 2
-            or not all(isinstance(n, int) and n >= 1 for n in tokens)
+            or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in tokens)
             or any(n % self.patch for n in tokens)
         ):
             raise ValueError(
@@ -182,6 +189,11 @@ class LightningDiTConfig(SiTConfig):
         super().__post_init__()
         if isinstance(self.tokens, int):
             object.__setattr__(self, "rope", False)
+        if self.swiglu and int(2 / 3 * int(self.dim * self.mlp_ratio)) < 1:
+            raise ValueError(
+                f"LightningDiTConfig: mlp_ratio {self.mlp_ratio} leaves SwiGLU no hidden width at dim {self.dim}; "
+                "raise it, or use swiglu=False"
+            )
         if self.rope and self.dim // self.heads % 4:
             raise ValueError(
                 f"LightningDiTConfig: head_dim {self.dim // self.heads} must be divisible by 4 for 2-D RoPE"

@@ -55,7 +55,11 @@ class LightningDiTBlock(nn.Module):
         self.mlp = SwiGLU(config.dim, int(2 / 3 * hidden)) if config.swiglu else Mlp(config.dim, hidden, "tanh")
         self.adaLN_modulation = Modulation(config.dim, (6 if config.shift else 4) * config.dim)
 
-    def forward(self, x: Tensor, modulation: Tensor, rope: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, modulation: Tensor | None, rope: Tensor | None = None, activated: Tensor | None = None
+    ) -> Tensor:
+        if modulation is None:
+            modulation = self.adaLN_modulation.linear(activated)
         if self.shift:
             shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
         else:

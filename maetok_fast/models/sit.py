@@ -12,7 +12,7 @@
       ▼ norm, modulate, Linear, unpatchify
     v, of x's shape
 
-The class computes `forward(x, t, y) = forward_modulated(x, modulations(condition(t, y)))`. The modulations depend on
+`forward(x, t, y)` equals `forward_modulated(x, modulations(condition(t, y)))`. The modulations depend on
 (t, y) only and hold a third of the weights, so a sampler may compute those of all its steps in one go.
 
 Time: the network itself knows no direction. Weights trained in the MAETok/REPA convention, t = 0 data and t = 1 noise,
@@ -60,7 +60,9 @@ class Modulations(NamedTuple):
 
 
 class SiTBlock(nn.Module):
-    """adaLN-zero block. modulation (B, 6D) = [shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp]."""
+    """adaLN-zero block. modulation (B, 6D) = [shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp], or None:
+    then it is computed here, from `activated` = silu(c) (B, D), so that a block's forward alone uses its parameters
+    (`fully_shard` of one block after the other)."""
 
     def __init__(self, config: SiTConfig) -> None:
         super().__init__()
@@ -70,9 +72,13 @@ class SiTBlock(nn.Module):
         self.mlp = Mlp(config.dim, int(config.dim * config.mlp_ratio), approximate="tanh")
         self.adaLN_modulation = Modulation(config.dim, 6 * config.dim)
 
-    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, modulation: Tensor | None, rope: Tensor | None = None, activated: Tensor | None = None
+    ) -> Tensor:
+        if modulation is None:
+            modulation = self.adaLN_modulation.linear(activated)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
-        branch = self.attn(self.norm1(x, shift_msa, scale_msa))
+        branch = self.attn(self.norm1(x, shift_msa, scale_msa), rope)
         x, y = self.norm2.after(x, branch, gate_msa, shift_mlp, scale_mlp)
         return gate_residual(x, gate_mlp, self.mlp(y))
 
@@ -86,7 +92,9 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(dim, out)
         self.adaLN_modulation = Modulation(dim, 2 * dim)
 
-    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+    def forward(self, x: Tensor, modulation: Tensor | None, activated: Tensor | None = None) -> Tensor:
+        if modulation is None:
+            modulation = self.adaLN_modulation.linear(activated)
         shift, scale = modulation.chunk(2, dim=-1)
         return self.linear(self.norm_final(x, shift, scale))
 
@@ -165,6 +173,10 @@ class DiffusionTransformer(Pretrained, nn.Module):
 
     def forward_modulated(self, x: Tensor, modulations: Modulations) -> Tensor:
         """Velocity for latents x, given `modulations(condition(t, y))` of the same batch."""
+        return self._velocity(x, modulations, None)
+
+    def _velocity(self, x: Tensor, modulations: Modulations | None, activated: Tensor | None) -> Tensor:
+        """By modulations, or by silu(c) (B, D), of which each block then makes its own."""
         config = self.config
         shape = (
             (config.channels, *config.tokens) if isinstance(config.tokens, tuple) else (config.tokens, config.channels)
@@ -173,9 +185,9 @@ class DiffusionTransformer(Pretrained, nn.Module):
         check_dtype("x", x, self.pos_embed)
         tokens = self.embed(x)
         rope = self.rope()
-        for block, modulation in zip(self.blocks, modulations.blocks):
-            tokens = block(tokens, modulation) if rope is None else block(tokens, modulation, rope)
-        v = self.final_layer(tokens, modulations.final)
+        for i, block in enumerate(self.blocks):
+            tokens = block(tokens, None if modulations is None else modulations.blocks[i], rope, activated)
+        v = self.final_layer(tokens, None if modulations is None else modulations.final, activated)
         if self.grid is not None:
             v = unpatchify(v, self.grid, config.patch)
         if config.learn_sigma:
@@ -186,7 +198,7 @@ class DiffusionTransformer(Pretrained, nn.Module):
         """x (B, L, C) or (B, C, H, W), t (B,) in [0, 1] with 0 = data and 1 = noise, y (B,) int64 in [0, num_classes],
         num_classes (1000) being the null class -> v = noise - data, of x's shape."""
         check_tensor("t", t, (x.shape[0] if isinstance(x, Tensor) else "B",))
-        return self.forward_modulated(x, self.modulations(self.condition(t, y)))
+        return self._velocity(x, None, F.silu(self.condition(t, y)))
 
 
 class SiT(DiffusionTransformer):

@@ -22,7 +22,7 @@ resampled bicubically when the grid is not the trained one.
 from __future__ import annotations
 
 import math
-from typing import cast
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -109,9 +109,10 @@ class Encoder(_Half):
         tables = self.rope((images.shape[2] // self.patch, images.shape[3] // self.patch))
         # only these tokens leave the encoder: the last block's queries, projection and MLP of all others are never read
         count = self.num_latent_tokens or x.shape[1] - 1
-        kept = x.shape[1] - count, count
+        last = len(tables) - 1
         for i, (block, rope) in enumerate(zip(self.model.blocks, tables)):
-            x = block(x, rope, 1, x, *kept) if i == len(tables) - 1 else block(x, rope, 1, x)
+            kept = (x.shape[1] - count, count) if i == last else (0, None)
+            x = block(x, rope, 1, x, *kept)
         return self.model.norm(x)
 
 
@@ -133,19 +134,18 @@ class Decoder(_Half):
         shape = (1, config.num_latent_tokens, dim)
         self.latent_pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(shape), std=0.02))
         self.to_pixel = ToPixel(dim, self.patch)
-        self._freeze_unreachable()
-
-    def _freeze_unreachable(self) -> None:
-        """What the public layout holds and no input reaches: without a gradient, which DDP would wait for."""
-        unused = [*self.model.patch_embed.parameters()]
-        if self.position != "absolute":
-            unused.append(self.model.pos_embed)
-        if not self.num_latent_tokens:
-            unused += [self.mask_token, self.latent_pos_embed]
-        elif self.movq:  # the final norm sees image tokens only, which no latent modulates
-            unused += cast(MoVQNorm, self.model.norm).adaLN_modulation.parameters()
-        for parameter in unused:
+        for parameter in self._unread():
             parameter.requires_grad_(False)
+
+    def _unread(self) -> Iterator[nn.Parameter]:
+        """Parameters of the public layout that no input reaches: kept for the checkpoints, and nothing to train."""
+        yield from self.model.patch_embed.parameters()
+        if self.position != "absolute":
+            yield self.model.pos_embed
+        if not self.num_latent_tokens:
+            yield from (self.mask_token, self.latent_pos_embed)
+        elif isinstance(self.model.norm, MoVQNorm):
+            yield from self.model.norm.adaLN_modulation.parameters()
 
     @property
     def prefix(self) -> int:
@@ -165,12 +165,13 @@ class Decoder(_Half):
         """z = post_quant_conv(latents) (B, T, D), latents (B, T, H), grid (rows, columns) -> images (B, 3, H, W)."""
         x = self.embed(z, grid)
         prefix, count = self.prefix, grid[0] * grid[1]
-        # absolute positions tell the mask tokens apart, and without latent tokens there are none
-        equal = count if self.num_latent_tokens and self.position != "absolute" else None
         tables = self.rope(grid)
+        last = len(tables) - 1
+        # the first block meets `count` equal mask tokens, unless absolute positions tell them apart
+        equal = count if self.num_latent_tokens and self.position != "absolute" else None
         for i, (block, rope) in enumerate(zip(self.model.blocks, tables)):
-            kept = (prefix, count) if i == len(tables) - 1 else (0, None)
-            x = block(x, rope, prefix, latents, *kept, equal=equal if i == 0 else None)
+            kept = (prefix, count) if i == last else (0, None)
+            x = block(x, rope, prefix, latents, *kept, equal if i == 0 else None)
         return self.head(x, latents, grid)
 
     def head(self, x: Tensor, latents: Tensor, grid: tuple[int, int]) -> Tensor:

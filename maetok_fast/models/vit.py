@@ -5,8 +5,8 @@
     MoVQBlock  x += attn(m(norm1 x));     x += mlp(m(norm2 x))                        norms without affine
                m(y) = y on all tokens but the last T, y * scale + shift on those, shift and scale from the raw latents
 
-first and count prune a last block: keys and values come from all tokens, queries, projection and MLP only from the
-kept ones. The decoder's first block sees N equal image tokens (`equal`) and does for one what it would do for N.
+`first` and `count` prune a last block: keys and values come from all tokens, queries, projection and MLP only from the
+kept ones.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from maetok_fast.layers import Attention, LayerNorm, LayerScale, Mlp, Modulation, PatchEmbed, Residual
+from maetok_fast.layers import Attention, LayerNorm, LayerScale, Mlp, Modulation, PatchEmbed, Residual, drop_path
 from maetok_fast.models.configs import ViTSize
 from maetok_fast.positions import resample_grid
 
@@ -24,14 +24,19 @@ __all__ = ["Block", "MoVQBlock", "MoVQNorm", "ViT"]
 class Block(nn.Module):
     """Plain ViT block: x += ls1 * attn(norm1 x); x += ls2 * mlp(norm2 x) (DINOv2's layout)."""
 
-    def __init__(self, size: ViTSize, latent_dim: int, rate: float) -> None:
+    def __init__(self, size: ViTSize, latent_dim: int, rate: float, affine: bool = True) -> None:
         super().__init__()
-        self.norm1 = LayerNorm(size.dim)
+        self.rate = rate
+        self.norm1 = LayerNorm(size.dim, affine=affine)
         self.attn = Attention(size.dim, size.heads)
-        self.ls1 = LayerScale(size.dim, rate)
-        self.norm2 = LayerNorm(size.dim)
+        self.ls1: Residual = LayerScale(size.dim)
+        self.norm2 = LayerNorm(size.dim, affine=affine)
         self.mlp = Mlp(size.dim, int(size.dim * size.mlp_ratio))
-        self.ls2 = LayerScale(size.dim, rate)
+        self.ls2: Residual = LayerScale(size.dim)
+
+    def modulation(self, latents: Tensor, both: bool) -> list[Tensor | None]:
+        """[shift, scale] of the first norm and of the second; None where a norm is plain (`both`: not the second)."""
+        return [None] * 4
 
     def forward(
         self,
@@ -41,49 +46,35 @@ class Block(nn.Module):
         latents: Tensor,
         first: int = 0,
         count: int | None = None,
-        equal: int | None = None,
+        repeated: int | None = None,
     ) -> Tensor:
-        """x (B, N, D) -> the tokens first .. first + count - 1 (None: all). Keys and values come from all tokens.
+        """x (B, N, D) -> its tokens first .. first + count - 1 (None: all). Keys and values always come from all.
 
-        equal: how many tokens from `prefix` on are the same; they are normed and projected as one.
+        repeated: the tokens prefix .. prefix + repeated - 1 are equal, and so normalised and projected once.
         """
-        y = self.norm1(_distinct(x, prefix, equal))
-        y = self.attn.mix(y, rope, prefix=prefix, first_query=first, num_queries=count, equal=equal)
-        x, y = self.ls1.then_norm(_take(x, first, count), self.attn.proj, y, self.norm2)
-        return self.ls2(x, self.mlp.fc2, self.mlp.hidden(y))
+        pruned = count is not None and first + count < x.shape[1]
+        shift1, scale1, shift2, scale2 = self.modulation(latents, not pruned)
+        rows = x if repeated is None else torch.cat([x[:, : prefix + 1], x[:, prefix + repeated :]], dim=1)
+        # offset 0: MoVQ's norm(x) * scale + shift, not 1 + scale; a plain norm has neither
+        y = self.norm1(rows, shift1, scale1, offset=0.0)
+        y = self.attn(y, rope, prefix=prefix, first_query=first, num_queries=count, repeated=repeated)
+        kept = x if count is None else x.narrow(1, first, count)
+        x, y = self.ls1.normed(kept, drop_path(y, self.rate, self.training), self.norm2, shift2, scale2, offset=0.0)
+        return self.ls2(x, drop_path(self.mlp(y), self.rate, self.training))
 
 
-class MoVQBlock(nn.Module):
+class MoVQBlock(Block):
     """Block of the movqv2 decoder: the raw latents (B, T, H) modulate the last T tokens' norms, others stay plain."""
 
     def __init__(self, size: ViTSize, latent_dim: int, rate: float) -> None:
-        super().__init__()
-        self.norm1 = LayerNorm(size.dim, affine=False)
-        self.attn = Attention(size.dim, size.heads)
-        self.norm2 = LayerNorm(size.dim, affine=False)
-        self.mlp = Mlp(size.dim, int(size.dim * size.mlp_ratio))
+        super().__init__(size, latent_dim, rate, affine=False)
+        self.ls1, self.ls2 = Residual(), Residual()
         self.adaLN_modulation = Modulation(latent_dim, 4 * size.dim, per_token=True)
-        self.residual = Residual(rate)
 
-    def forward(
-        self,
-        x: Tensor,
-        rope: Tensor | None,
-        prefix: int,
-        latents: Tensor,
-        first: int = 0,
-        count: int | None = None,
-        equal: int | None = None,
-    ) -> Tensor:
-        """As `Block.forward`. Pruned to the image tokens, the second norm has no token that the latents modulate."""
-        pruned = count is not None and first + count < x.shape[1]
-        shift, scale, *second = self.adaLN_modulation.split(latents, 4, 2 if pruned else 4)
-        shift_mlp, scale_mlp = second if second else (None, None)
-        y = self.norm1(_distinct(x, prefix, equal), shift, scale, offset=0.0)
-        y = self.attn.mix(y, rope, prefix=prefix, first_query=first, num_queries=count, equal=equal)
-        x = _take(x, first, count)
-        x, y = self.residual.then_norm(x, self.attn.proj, y, self.norm2, shift_mlp, scale_mlp, offset=0.0)
-        return self.residual(x, self.mlp.fc2, self.mlp.hidden(y))
+    def modulation(self, latents: Tensor, both: bool) -> list[Tensor | None]:
+        # pruned to the image tokens, a last block has no modulated token at its second norm
+        parts = self.adaLN_modulation.parts(latents, 4, 4 if both else 2)
+        return [*parts, *[None] * (4 - len(parts))]
 
 
 class MoVQNorm(nn.Module):
@@ -98,17 +89,8 @@ class MoVQNorm(nn.Module):
         """`latents` None: x holds no modulated token, the norm is plain."""
         if latents is None:
             return self.norm(x)
-        shift, scale = self.adaLN_modulation.split(latents, 2, 2)
+        shift, scale = self.adaLN_modulation.parts(latents, 2, 2)
         return self.norm(x, shift, scale, offset=0.0)
-
-
-def _distinct(x: Tensor, prefix: int, equal: int | None) -> Tensor:
-    """x with one token instead of the `equal` same ones from `prefix` on."""
-    return x if equal is None else torch.cat([x[:, : prefix + 1], x[:, prefix + equal :]], dim=1)
-
-
-def _take(x: Tensor, first: int, count: int | None) -> Tensor:
-    return x if count is None else x[:, first : first + count]
 
 
 class ViT(nn.Module):
