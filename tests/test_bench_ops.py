@@ -6,6 +6,7 @@ No test asserts a real time: clocks are injected, and the noise is the one measu
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -30,10 +31,12 @@ from maetok_fast.bench.budget import Budget, Speed
 from maetok_fast.bench.cases import BOTH, COMPILE, COPY, FORWARD, REFERENCE
 from maetok_fast.bench.timing import Spread
 from maetok_fast.cli import app
-from maetok_fast.kernels import Backend, Cost, Sample
+from maetok_fast.kernels import Backend, Op, Sample, _drive
 from maetok_fast.kernels import ops as records
+from maetok_fast.kernels._record import RECORDS
 
 CPU = torch.device("cpu")
+DRIVES = (_drive, _drive)
 
 
 class Clock:
@@ -52,62 +55,52 @@ class Clock:
         return run
 
 
-class FakeOp:
-    """What the benchmark reads of a record: y = 2 x and an integer input, two outputs on demand."""
-
-    name, residual, keep_output, names = "fake", None, False, ("x", "index")
-
-    def __init__(self, outputs: int = 1, usable: bool = True, differentiable: bool = True) -> None:
-        self.outputs, self.usable, self.differentiable = outputs, usable, differentiable
-        self.cpu = (Backend("native", self._forward, self._backward),)
-
-    def ref(self, x: Tensor, index: Tensor) -> Any:
-        y = 2 * x
-        return y if self.outputs == 1 else (y, x.sum(1))
-
-    def _forward(self, x: Tensor, index: Tensor) -> tuple[Tensor, ...]:
-        return (2 * x, x.sum(1))[: self.outputs]
-
-    def _backward(self, grad: Any, saved: Any, args: Any, needs: Any) -> list[Tensor | None]:
-        return [2 * (grad if self.outputs == 1 else grad[0]), None]
-
-    def __call__(self, x: Tensor, index: Tensor) -> Any:
-        return self.ref(x, index)
-
-    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(kwargs[name] for name in self.names)
-
-    def _coerce(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return args
-
-    def check(self, x: Tensor, index: Tensor) -> None:
-        if x.shape[0] != index.shape[0]:
-            raise ValueError("fake: one index a row")
-
-    def reason(self, *args: Any) -> dict[str, str | None]:
-        return {"native": None if self.usable else "it is a Tuesday"}
-
-    def choose(self, args: tuple[Any, ...]) -> str:
-        return "native" if self.usable else "reference"
-
-    def asked(self, args: tuple[Any, ...]) -> list[bool]:
-        return [True, False]
-
-    def _candidates(self, device: str) -> tuple[Backend, ...]:
-        return self.cpu
-
-    def cost(self, x: Tensor, index: Tensor) -> Cost:
-        return Cost(x.numel(), 2 * x.nbytes + index.nbytes)
-
-    def samples(self) -> list[Sample]:
-        def make(n: int) -> Callable[..., dict[str, Any]]:
-            return lambda randn: {"x": randn(4, n), "index": randn(4, 3).argsort(1)}
-
-        return [Sample("small", make(3)), Sample("large", make(64), real=True), Sample("mid", make(16), real=True)]
+def one_ref(x: Tensor, index: Tensor) -> Tensor:
+    """y = 2 x; index is an integer input."""
+    return 2 * x
 
 
-def work(op: FakeOp, direction: str = FORWARD, dtype: str = "fp32") -> cases.Work:
-    return cases.record_work(op, op.samples()[1], dtype, direction, CPU, False)  # type: ignore[arg-type]
+def two_ref(x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """y = 2 x and the sums of x's rows."""
+    return 2 * x, x.sum(1)
+
+
+def fake(outputs: int = 1, usable: bool = True, factor: float = 2.0) -> Op[..., Any]:
+    """A record with one native backend, no part of the library. factor: what its kernel multiplies by."""
+
+    def forward(a: Any, out: Any) -> None:
+        torch.mul(a.x, factor, out=out.y)
+        if outputs == 2:
+            torch.sum(a.x, 1, out=out.z)
+
+    def backward(a: Any, out: Any, g: Any, d: Any) -> None:
+        torch.mul(g.y, factor, out=d.x)
+        if outputs == 2:
+            d.x.add_(g.z[:, None])
+
+    def sample(label: str, n: int, real: bool = True) -> Sample:
+        return Sample(label, lambda randn: {"x": randn(4, n), "index": randn(4, 3).argsort(1)}, real)
+
+    made: Op[..., Any] = Op(
+        f"fake{next(NUMBERS)}",
+        ref=one_ref if outputs == 1 else two_ref,
+        shapes={"x": "B N", "index": "B K"},
+        roles={"index": (torch.int64,)},
+        out=lambda a, backend: (torch.empty_like(a.x), a.x.new_empty(a.x.shape[0]))[:outputs],
+        outputs=("y", "z")[:outputs],
+        cpu=[Backend("native", forward, backward, lambda a: None if usable else "it is a Tuesday")],
+        samples=[sample("small", 3, False), sample("large", 64), sample("mid", 16)],
+        flops=lambda a: a.x.numel(),
+    )
+    RECORDS.pop(made.name)
+    return made
+
+
+NUMBERS = itertools.count()
+
+
+def work(op: Op[..., Any], direction: str = FORWARD, dtype: str = "fp32") -> cases.Work:
+    return cases.record_work(op, op.samples[1], dtype, direction, CPU, False)
 
 
 # ---- cases
@@ -119,7 +112,7 @@ def test_every_record_has_cases_and_no_line_of_its_own() -> None:
     assert len({case.key for case in found}) == len(found)
     for name, op in records().items():
         directions = {case.direction for case in found if case.op == name}
-        assert directions == ({FORWARD, BOTH} if getattr(op, "differentiable", True) else {FORWARD}), name
+        assert directions == ({FORWARD, BOTH} if op.differentiable else {FORWARD}), name
     few = cases.all_cases(samples=1, dtype=("bf16",), direction=(FORWARD,), op=("adaln",))
     assert [(c.op, c.dtype, c.direction) for c in few] == [("adaln", "bf16", FORWARD)]
 
@@ -131,15 +124,15 @@ def test_unknown_names_are_said(kind: str, value: str) -> None:
 
 
 def test_a_dtype_that_changes_nothing_is_left_out() -> None:
-    op = FakeOp()
-    op.samples = lambda: [Sample("own", lambda randn: {"x": randn(4, 2, dtype=torch.float32)}, real=True)]  # type: ignore
-    found = list(cases._record_cases(op, ("fp32", "bf16"), (FORWARD,)))  # type: ignore[arg-type]
+    op = fake()
+    op.samples = [Sample("own", lambda randn: {"x": randn(4, 2, dtype=torch.float32)}, real=True)]
+    found = list(cases._record_cases(op, ("fp32", "bf16"), (FORWARD,)))
     assert [case.dtype for case in found] == ["fp32"]
 
 
 @pytest.mark.parametrize("outputs", [1, 2])
 def test_both_sides_do_the_same_calls_of_autograd(outputs: int) -> None:
-    made = work(FakeOp(outputs), BOTH)
+    made = work(fake(outputs), BOTH)
     with made.running():
         ours, plain = made.ours["native"](), made.peers[REFERENCE]()
     assert len(ours) == len(plain) == 1  # one gradient: of x, not of the integers
@@ -147,30 +140,26 @@ def test_both_sides_do_the_same_calls_of_autograd(outputs: int) -> None:
     x, index, y = 4 * 64 * 4, 4 * 3 * 8, 4 * 64 * 4
     second = 16 if outputs == 2 else 0
     # forward's cost, then x and the index read again, the output gradients read, dx written
-    assert made.bytes == (2 * x + index) + (x + index) + (y + second) + x
+    assert made.bytes == (2 * x + index + second) + (x + index) + (y + second) + x
     assert made.flops == 3 * 4 * 64
     assert not made.notes
 
 
 def test_no_gradients_forward() -> None:
-    made = work(FakeOp())
+    made = work(fake())
     with made.running():
         assert not torch.is_grad_enabled()
         assert not made.ours["native"]().requires_grad
 
 
 def test_the_reason_of_a_reference_is_kept() -> None:
-    made = work(FakeOp(usable=False))
+    made = work(fake(usable=False))
     assert made.ours == {}
     assert made.reasons == {"native": "it is a Tuesday"}
 
 
 def test_a_wrong_result_is_noted() -> None:
-    class Wrong(FakeOp):
-        def __call__(self, x: Tensor, index: Tensor) -> Any:
-            return 3 * x
-
-    assert "DIFFERS" in work(Wrong()).notes[0]
+    assert "DIFFERS" in work(fake(factor=3.0)).notes[0]
     assert cases.difference([torch.tensor([True, False])], [torch.tensor([True, True])]) == 0.5
     assert cases.difference([torch.zeros(0)], [torch.zeros(0)]) == 0.0
 
@@ -229,8 +218,8 @@ def test_measure_picks_the_ceiling_and_pairs_the_ratios() -> None:
     def timer(calls: dict[str, Any], device: Any, **_: Any) -> dict[str, list[float]]:
         return {name: seconds[name] for name in calls}
 
-    op = FakeOp()
-    case = cases.Case("fake", "large", "fp32", FORWARD, cases._maker(op, op.samples()[1], "fp32", FORWARD))  # type: ignore[arg-type]
+    op = fake()
+    case = cases.Case("fake", "large", "fp32", FORWARD, cases._maker(op, op.samples[1], "fp32", FORWARD))
     found, compiling = ops.measure(case, CPU, compile_=False, matmul_rate=1e12, timer=timer)
     assert compiling == 0.0
     assert list(found.times) == ["ours native", REFERENCE, COPY]
@@ -554,8 +543,8 @@ def test_pairs_without_a_floor_are_said() -> None:
 @pytest.mark.parametrize("outputs", [1, 2])
 def test_pairs_call_the_launchers_on_one_image(outputs: int) -> None:
     _pairs._MADE.clear()
-    head, base = FakeOp(outputs), FakeOp(outputs)
-    found = {key: (a, b) for key, a, b in _pairs.pairs({"fake": head}, {"fake": base}, "cpu", ["fp32"])}
+    head, base = fake(outputs), fake(outputs)
+    found = {key: (a, b) for key, a, b in _pairs.pairs({"fake": head}, {"fake": base}, DRIVES, "cpu", ["fp32"])}
     assert list(found) == ["fake | mid | fp32 | forward", "fake | mid | fp32 | backward"]
     mine, other = found["fake | mid | fp32 | forward"]
     assert mine()[0].shape == (1, 16)
@@ -566,15 +555,15 @@ def test_pairs_call_the_launchers_on_one_image(outputs: int) -> None:
 
 def test_pairs_that_cannot_be_compared_say_why() -> None:
     _pairs._MADE.clear()
-    head = {"fake": FakeOp(), "new": FakeOp()}
-    reasons = {key: why for key, call, why in _pairs.pairs(head, {"fake": FakeOp(usable=False)}, "cpu", ["fp32"])}
+    head = {"fake": fake(), "new": fake()}
+    reasons = {key: why for key, call, why in _pairs.pairs(head, {"fake": fake(usable=False)}, DRIVES, "cpu", ["fp32"])}
     assert reasons["new"] == "not in the base"
     assert reasons["fake | mid | fp32 | forward"] == "the base runs the reference here"
 
 
 def test_lost_kernels_and_forgotten_floors_fail() -> None:
     _pairs._MADE.clear()
-    found = list(_pairs.pairs({"fake": FakeOp(usable=False)}, {"fake": FakeOp()}, "cpu", ["fp32"]))
+    found = list(_pairs.pairs({"fake": fake(usable=False)}, {"fake": fake()}, DRIVES, "cpu", ["fp32"]))
     skipped = {key: why for key, call, why in found}
     assert set(skipped.values()) == {_pairs.LOST}
     good = {"a | s | bf16 | forward": gate.Verdict(1.0, 1.05, 1)}

@@ -502,7 +502,7 @@ WRONG = [
     (measure, ["--from", "/nonexistent"], "no such folder"),
     (measure, ["--from", "/dev"], "nothing that --keep wrote"),
     (measure, ["--out", "/dev/null/page.md"], "cannot be written"),
-    (cost, ["--write", "--only", "x"], "leave --only out"),
+    (cost, ["--write", "--only", "x"], "leave --only and --op-file out"),
     (cost, ["--only", "no_such_kernel"], "no kernel"),
     (cost, ["--what"], "unrecognized arguments"),
 ]  # fmt: skip
