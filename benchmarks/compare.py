@@ -157,8 +157,8 @@ def make_floors(commit: str, rounds: Sequence[Results]) -> dict[str, Any]:
 
 
 def with_op(stored: dict[str, Any], op: str, found: dict[str, Any], in_base: bool) -> dict[str, Any]:
-    """The stored floors with one op's replaced by `found` (of make_floors). An op that the stored base does not have
-    yet is held against the commit of `found`, noted under "later"; every other floor and the base stay."""
+    """The stored floors with one op's replaced by `found` (of make_floors); every other floor and the base stay. An op
+    that the stored base lacks, or has with another signature, is held against `found`'s commit, noted under "later"."""
     out = dict(stored)
     for part in ("floors", "left_out"):
         kept = {key: value for key, value in stored[part].items() if key.split(" | ")[0] != op}
@@ -308,9 +308,8 @@ def lost(
     named = tuple(skipped)
     for key in limits:
         if key.split(" | ")[2] in dtypes and key not in verdicts and not (named and key.startswith(named)):
-            out.append(
-                f"{key}: has a floor and was not measured; if that is meant, run compare.py --add {key.split(' | ')[0]}"
-            )
+            words = f"if that is meant, run compare.py --add {key.split(' | ')[0]}"
+            out.append(f"{key}: has a floor and was not measured; {words}")
     return out if verdicts or skipped else []
 
 
@@ -345,7 +344,7 @@ def noise_of_head(args: argparse.Namespace, ops: Sequence[str] = ()) -> dict[str
 
 def store(floors: dict[str, Any], found: dict[str, Any]) -> int:
     FLOORS.write_text(json.dumps(floors, indent=1) + "\n")
-    print(f"wrote {FLOORS.name}: {len(found['floors'])} floors, base {floors['base'][:12]}")
+    print(f"wrote {FLOORS.name}: {len(found['floors'])} of its {len(floors['floors'])} floors measured now")
     for key, noise in found["left_out"].items():
         print(f"left out, too noisy to see 10 %: {key} (sigma {noise:.1%})")
     return 0
@@ -358,7 +357,7 @@ def write(args: argparse.Namespace) -> int:
 
 
 def add(args: argparse.Namespace) -> int:
-    """Floors of one op. Where the stored base has it, it is held against that; else against HEAD."""
+    """Floors of one op. Where the stored base has it in the same form it is held against that; else against HEAD."""
     stored = load_floors()
     if args.add not in op_names():
         raise Unusable(f"--add {args.add}: no such op, expected one of {', '.join(sorted(op_names()))}")
@@ -366,7 +365,8 @@ def add(args: argparse.Namespace) -> int:
     if not found["floors"] and not found["left_out"]:
         raise Unusable(f"--add {args.add}: nothing to store, the reference runs here or no sample is real")
     _, skipped = process(args, base_tree(stored["base"], args.cache), only=[], ops=[args.add])
-    return store(with_op(stored, args.add, found, in_base=args.add not in skipped), found)
+    whole = [key for key in skipped if key.count(" | ") < 2]  # the op itself, or it in one dtype
+    return store(with_op(stored, args.add, found, in_base=not whole), found)
 
 
 def prove(count: int, one: Callable[[Sequence[str]], tuple[dict[str, gate.Verdict], dict[str, str]]]) -> int:
