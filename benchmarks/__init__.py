@@ -4,9 +4,9 @@
     throughput.py   photographs to pictures, sampling and training, the paper's claims
                     (_job, _workload, _claims, _report, _chart)
     models.py       prepared models against plain PyTorch, eager and compiled
-    measure.py      throughput, models and ops in one go -> docs/measured/<machine>.md
-    compare.py      the gate: today's ops against those of a base commit (_base, _gate)
-    cost.py         what the GPU kernels cost, without a GPU (_nvcc)
+    measure.py      throughput, models and ops in one go -> docs/measured/<machine>.md (_page)
+    compare.py      the gate: today's ops against those of a base commit (_base, _pairs, _gate, _floors)
+    cost.py         what the GPU kernels cost, without a GPU (_cost_table, _nvcc)
     test_op_speed.py  the ops as a pytest-benchmark suite
 
 One way of importing: everything here is `from benchmarks import _report`, in scripts, tests and among each other. A

@@ -297,9 +297,10 @@ class Job:
         t = torch.full((1,), 0.5, device=self.device)
         with torch.no_grad():
             exact = models.plain("few")(x, t, y)
-            public = models.plain("few", self.dtype, low)(x.to(self.dtype), t, y)
+            if self.args.dtype != "fp32":
+                public = models.plain("few", self.dtype, low)(x.to(self.dtype), t, y)
+                self.agreement[f"velocity public {self.args.dtype}"] = _workload.relative_error(public, exact)
             fast = ours(x.to(self.dtype), t, y)
-        self.agreement[f"velocity public {self.args.dtype}"] = _workload.relative_error(public, exact)
         self.agreement[f"velocity ours {self.args.dtype}"] = _workload.relative_error(fast, exact)
 
     def training(self, models: _workload.Generators) -> None:

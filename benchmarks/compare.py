@@ -26,7 +26,6 @@ import json
 import math
 import os
 import re
-import statistics
 import subprocess
 import sys
 import time
@@ -40,11 +39,10 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 from benchmarks import _cli
 from benchmarks import _gate as gate
 from benchmarks._base import BASE_NAME, ROOT, Unusable, base_tree, git
+from benchmarks._floors import FLOORS, Results, bases, load_floors, make_floors, with_op
 from benchmarks._pairs import LOST, pairs
 
-FLOORS = Path(__file__).with_name("floors.json")
 PLANT = 1.10
-Results = dict[str, gate.Measured]
 Found = tuple[Results, dict[str, str]]  # measured pairs; what was not compared, and why
 
 
@@ -129,55 +127,6 @@ def run(
         for key, value in measure(again, scale)[0].items():
             found[key].append(value)
     return {key: gate.verdict(values, limits.get(key, gate.LIMIT)) for key, values in found.items()}, skipped
-
-
-# ---- floors
-
-
-def load_floors(path: Path = FLOORS) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise Unusable(f"{path.name} is not there: write it with python benchmarks/compare.py --write") from None
-
-
-def make_floors(commit: str, rounds: Sequence[Results]) -> dict[str, Any]:
-    """The content of floors.json from several processes that compared a build with itself. floors: base's time over
-    head's must stay above; left_out: pairs too noisy to see 10 %, with their noise."""
-    floors, left_out = {}, {}
-    for key in rounds[0]:
-        logs = [math.log(found[key].ratio) for found in rounds if key in found]
-        noise = max(
-            math.sqrt(sum(x * x for x in logs) / len(logs)), statistics.median(found[key].error for found in rounds)
-        )
-        limit = gate.limit_of(noise)
-        if limit is None:
-            left_out[key] = round(noise, 4)
-        else:
-            floors[key] = round(1 / limit, 4)
-    return {"schema": 1, "base": commit, "floors": floors, "left_out": left_out}
-
-
-def with_op(stored: dict[str, Any], op: str, found: dict[str, Any], in_base: bool) -> dict[str, Any]:
-    """The stored floors with one op's replaced by `found` (of make_floors). An op that the stored base does not have
-    yet is held against the commit of `found`, noted under "later"; every other floor and the base stay."""
-    out = dict(stored)
-    for part in ("floors", "left_out"):
-        kept = {key: value for key, value in stored[part].items() if key.split(" | ")[0] != op}
-        out[part] = dict(sorted({**kept, **found[part]}.items()))
-    later = {name: commit for name, commit in stored.get("later", {}).items() if name != op}
-    later |= {} if in_base else {op: found["base"]}
-    return {key: value for key, value in out.items() if key != "later"} | ({"later": later} if later else {})
-
-
-def bases(floors: dict[str, Any], names: Iterable[str]) -> dict[str, list[str]]:
-    """Base commit -> the ops that are held against it."""
-    later = floors.get("later", {})
-    out: dict[str, list[str]] = {floors["base"]: [name for name in names if name not in later]}
-    for name in names:
-        if name in later:
-            out.setdefault(later[name], []).append(name)
-    return out
 
 
 def over_bases(
@@ -310,9 +259,8 @@ def lost(
     named = tuple(skipped)
     for key in limits:
         if key.split(" | ")[2] in dtypes and key not in verdicts and not (named and key.startswith(named)):
-            out.append(
-                f"{key}: has a floor and was not measured; if that is meant, run compare.py --add {key.split(' | ')[0]}"
-            )
+            words = f"if that is meant, run compare.py --add {key.split(' | ')[0]}"
+            out.append(f"{key}: has a floor and was not measured; {words}")
     return out if verdicts or skipped else []
 
 
@@ -347,7 +295,7 @@ def noise_of_head(args: argparse.Namespace, ops: Sequence[str] = ()) -> dict[str
 
 def store(floors: dict[str, Any], found: dict[str, Any]) -> int:
     FLOORS.write_text(json.dumps(floors, indent=1) + "\n")
-    print(f"wrote {FLOORS.name}: {len(found['floors'])} floors, base {floors['base'][:12]}")
+    print(f"wrote {FLOORS.name}: {len(found['floors'])} of its {len(floors['floors'])} floors measured now")
     for key, noise in found["left_out"].items():
         print(f"left out, too noisy to see 10 %: {key} (sigma {noise:.1%})")
     return 0
@@ -360,7 +308,7 @@ def write(args: argparse.Namespace) -> int:
 
 
 def add(args: argparse.Namespace) -> int:
-    """Floors of one op. Where the stored base has it, it is held against that; else against HEAD."""
+    """Floors of one op. Where the stored base has it in the same form it is held against that; else against HEAD."""
     stored = load_floors()
     if args.add not in op_names():
         raise Unusable(f"--add {args.add}: no such op, expected one of {', '.join(sorted(op_names()))}")
@@ -368,7 +316,8 @@ def add(args: argparse.Namespace) -> int:
     if not found["floors"] and not found["left_out"]:
         raise Unusable(f"--add {args.add}: nothing to store, the reference runs here or no sample is real")
     _, skipped = process(args, base_tree(stored["base"], args.cache), only=[], ops=[args.add])
-    return store(with_op(stored, args.add, found, in_base=args.add not in skipped), found)
+    whole = [key for key in skipped if key.count(" | ") < 2]  # the op itself, or it in one dtype
+    return store(with_op(stored, args.add, found, in_base=not whole), found)
 
 
 def prove(count: int, one: Callable[[Sequence[str]], tuple[dict[str, gate.Verdict], dict[str, str]]]) -> int:

@@ -545,7 +545,8 @@ def test_scripts_start_as_files(script, tmp_path):
 
 ABOUT = {
     "cpu": "AMD EPYC", "cpu_vendor": "AuthenticAMD", "cpu_family": 26,
-    "cpu_features": ["avx2", "avx512f", "avx512_bf16"], "cores": 2, "threads": 2, "memory_gb": 8.0, "torch": "2.14.1", "python": "3.11.2", "system": "Linux x86_64",
+    "cpu_features": ["avx2", "avx512f", "avx512_bf16"], "cores": 2, "threads": 2,
+    "memory_gb": 8.0, "torch": "2.14.1", "python": "3.11.2", "system": "Linux x86_64",
 }  # fmt: skip
 
 

@@ -134,7 +134,7 @@ def run(
         if not budget.admit(case.key):
             continue
         tick(case)
-        after = sum(seconds + budget.seconds(cases[other].key) for other in order[done:])
+        after = sum(budget.seconds(cases[other].key) for other in order[done:])
         compiled = compile_ and budget.left - after > compiling
         plain += compile_ and not compiled
         start = budget.clock()
@@ -149,8 +149,7 @@ def run(
         rows[place] = row
         if compiled:
             compiling = (compiling + warming) / 2
-        spent = budget.clock() - start - warming
-        budget.took(case.key, max(0.0, spent - seconds))
+        budget.took(case.key, budget.clock() - start - warming)
         gc.collect()
     if plain:
         budget.leave_out(f"torch.compile in {plain} of {len(cases)} cases", "compiling them does not fit the time")
