@@ -20,9 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LICENCE = "Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0."
 LONGEST = 500  # lines of a Python module; a head holds about 400
 LONG = {
-    "benchmarks/compare.py": "the gate, its planted slowdown and the base's build: to be split",
-    "benchmarks/cost.py": "one command from kernels to table: to be split",
     "tests/test_bench_ops.py": "tests of one command",
+    "tests/test_benchmarks.py": "one job's rows, pictures and pages",
     "tests/test_checkpoints.py": "every layout, read and written",
     "tests/test_fp8.py": "casts and the linear layer",
     "tests/test_models_tokenizer.py": "one model's tests",

@@ -1,3 +1,4 @@
+# Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 """Prepared models against the models they were made of, in fp64, by the correctness rule.
 
 err(prepared, fp64 model) <= 2 * err(model in the same dtype, fp64 model) + 2 ulp, errors as root mean squares over the

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from maetok_fast.precision import resolve
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # what makes a processor pretend to be less than it is
 _LIMITS = ("MAETOK_FAST_CPU", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")
@@ -58,9 +60,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 def fast_dtype(device: torch.device) -> str:
     """The name of the precision that a benchmark takes by itself: bf16 where this device computes it at full rate."""
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+    return resolve("auto", device).name
 
 
 def headline(machine: dict[str, Any]) -> str:
