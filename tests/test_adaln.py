@@ -187,7 +187,7 @@ def test_errors_say_what_to_do() -> None:
         residual_adaln(x, x, x)
     with pytest.raises(ValueError, match=r"residual_adaln: branch must be .B, N, D. with B = 2, N = 3, D = 8"):
         residual_adaln(x, x[:, 1:])
-    with pytest.raises(ValueError, match=r"bias_gelu: bias must be \(8,\)"):
+    with pytest.raises(ValueError, match=r"bias_gelu: bias must be \(D,\) with D = 8"):
         bias_gelu(x, torch.zeros(7))
     with pytest.raises(ValueError, match=r"bias_gelu: approximate must be 'none' or 'tanh', got 'erf'"):
         bias_gelu(x, None, "erf")

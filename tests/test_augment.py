@@ -98,7 +98,7 @@ def test_what_the_cuda_launcher_refuses_is_known_before_the_launch() -> None:
     for shape, reason in (
         ((65535, 1, 1, 1), None),
         ((65536, 1, 1, 1), "a batch of 65536 exceeds a CUDA grid's"),
-        ((1, 1, 1, 2**27), "1 x 134217728 have a side of 2^27 or more"),
+        ((1, 1, 1, 2**27), "1 x 134217728 has a side of 2^27 or more"),
     ):
         args = diff_augment.arguments(torch.empty(shape, device="meta"))
         assert diff_augment.unsupported("native", args) is None
