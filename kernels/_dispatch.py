@@ -27,21 +27,6 @@ from . import _native
 from ._record import EMPTY, RECORDS, Backend, BackendError, Record
 from ._triton import why_no_triton
 
-__all__ = [
-    "backend",
-    "choose",
-    "fall_back",
-    "forced_backend",
-    "has_tangent",
-    "no_autocast",
-    "ordered",
-    "pick",
-    "transformed",
-    "why_missing",
-    "why_not",
-    "with_tangents",
-]
-
 log = logging.getLogger("maetok_fast")
 
 # What a library of attention must offer, not only be called: an uninstall leaves empty folders behind.

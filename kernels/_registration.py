@@ -19,6 +19,7 @@ that recorded the op.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -54,22 +55,24 @@ def _contiguous(args: Sequence[Any]) -> list[Any]:
     return [a.contiguous() if isinstance(a, Tensor) else a for a in args]
 
 
+_HERE = contextlib.nullcontext()
+
+
+def _on_device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Launches go to the tensor's GPU, whichever is the current one."""
+    return torch.cuda.device_of(x) if x.is_cuda else _HERE
+
+
 def compute(record: Record[..., Any], name: str, args: Sequence[Any]) -> Any:
     """Runs backend `name` forward: the record's `Results`."""
-    if args[0].is_cuda:
-        with torch.cuda.device_of(args[0]):
-            return _compute(record, name, args)
-    return _compute(record, name, args)
-
-
-def _compute(record: Record[..., Any], name: str, args: Sequence[Any]) -> Any:
     found = record.backend(name)
-    a = record.Args(*_contiguous(args))
-    if found.allocates:
-        return record.Results(*found.forward(a, None))
-    out = record.results(a, name)
-    found.forward(a, out)
-    return out
+    with _on_device_of(args[0]):
+        a = record.Args(*_contiguous(args))
+        if found.allocates:
+            return record.Results(*found.forward(a, None))
+        out = record.results(a, name)
+        found.forward(a, out)
+        return out
 
 
 def compute_backward(
@@ -84,31 +87,18 @@ def compute_backward(
 
     kept: the saved tensors, behind the outputs where the record keeps them. grads: of the outputs not detached.
     """
-    if grads[0].is_cuda:
-        with torch.cuda.device_of(grads[0]):
-            return _compute_backward(record, name, args, kept, grads, needs)
-    return _compute_backward(record, name, args, kept, grads, needs)
-
-
-def _compute_backward(
-    record: Record[..., Any],
-    name: str,
-    args: Sequence[Any],
-    kept: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    needs: Sequence[bool],
-) -> Any:
     kernel = record.backend(name).backward
     assert kernel is not None
-    a = record.Args(*_contiguous(args))
     outputs = () if record.keep_output else (None,) * len(record.outputs)
     out = record.Results(*outputs, *kept)
-    g = record.Outputs(*_contiguous(grads), *(None,) * len(record.detached))
-    d = record.Args(*(torch.empty_like(v) if n else None for v, n in zip(a, needs)))
-    if record.written:
-        extra = {n: torch.empty_like(a[i]) for n, i in zip(record.written, record.written_at) if d[i] is None}
-        d = d._replace(**extra)
-    kernel(a, out, g, d)
+    with _on_device_of(grads[0]):
+        a = record.Args(*_contiguous(args))
+        g = record.Outputs(*_contiguous(grads), *(None,) * len(record.detached))
+        d = record.Args(*(torch.empty_like(v) if n else None for v, n in zip(a, needs)))
+        if record.written:
+            extra = {n: torch.empty_like(a[i]) for n, i in zip(record.written, record.written_at) if d[i] is None}
+            d = d._replace(**extra)
+        kernel(a, out, g, d)
     return d
 
 

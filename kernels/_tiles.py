@@ -15,46 +15,6 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = [
-    "ATTENTION_ORDER",
-    "ATTENTION_TILES",
-    "ELEMENTWISE",
-    "EMA_BLOCK",
-    "EMA_STEPS",
-    "EMBED_IMAGES",
-    "EMBED_TOKENS",
-    "FP8_CHUNKS",
-    "FP8_FLAT",
-    "FP8_PARTIALS",
-    "FP8_TILE",
-    "GELU_ROWS",
-    "HOG_PIXELS",
-    "LPIPS_BACKWARD",
-    "LPIPS_CHANNELS",
-    "LPIPS_FORWARD",
-    "MAX_GRID",
-    "MAX_ROW",
-    "ROPE_ROWS",
-    "Tile",
-    "arch",
-    "attention_order",
-    "attention_tile",
-    "column_block",
-    "fill_options",
-    "head_split",
-    "image_options",
-    "move_options",
-    "next_power_of_2",
-    "over_grid",
-    "over_image",
-    "over_row",
-    "over_side",
-    "pretend_arch",
-    "row_chunk",
-    "row_options",
-    "row_warps",
-]
-
 
 class Tile(NamedTuple):
     """BLOCK_M query rows, BLOCK_N key rows, warps, pipeline stages."""

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from maetok_fast.kernels._processor import SWITCH
 from maetok_fast.precision import resolve
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -68,7 +69,9 @@ def headline(machine: dict[str, Any]) -> str:
     if "gpu" in machine:
         return f"{machine['gpu']}, torch {machine['torch']}, CUDA {machine['cuda']}"
     features = " with AMX" if "amx_bf16" in machine["cpu_features"] else ""
-    return f"{machine['cores']} CPU cores ({machine['cpu']}{features}), torch {machine['torch']}"
+    limits = dict(limit.split("=", 1) for limit in machine.get("limited_by", ()))
+    held = f" held to {limits[SWITCH]}" if SWITCH in limits else " limited" if limits else ""
+    return f"{machine['cores']} CPU cores ({machine['cpu']}{features}{held}), torch {machine['torch']}"
 
 
 def matmul(device: torch.device, dtype: str, size: int = 4096) -> tuple[Callable[[], Any], float]:
