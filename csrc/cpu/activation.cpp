@@ -48,22 +48,12 @@ template <bool LONG> MF_INLINE vf exp2_of(vf t) {
   vf c = t > high ? high : t;
   c = c < low ? low : c;
   const vf shifted = c + magic, f = c - (shifted - magic);
-  vf p;
-  if (LONG) {
-    p = splat(1.5252734e-5f);
-    p = fma(p, f, splat(1.5403530e-4f));
-    p = fma(p, f, splat(1.3333558e-3f));
-    p = fma(p, f, splat(9.6181291e-3f));
-    p = fma(p, f, splat(5.5504109e-2f));
-    p = fma(p, f, splat(2.4022651e-1f));
-    p = fma(p, f, splat(6.9314718e-1f));
-  } else {
-    p = splat(1.3333558e-3f);
-    p = fma(p, f, splat(9.6181291e-3f));
-    p = fma(p, f, splat(5.5504109e-2f));
-    p = fma(p, f, splat(2.4022651e-1f));
-    p = fma(p, f, splat(6.9314718e-1f));
-  }
+  vf p = splat(1.3333558e-3f);
+  if (LONG) p = fma(fma(splat(1.5252734e-5f), f, splat(1.5403530e-4f)), f, p);
+  p = fma(p, f, splat(9.6181291e-3f));
+  p = fma(p, f, splat(5.5504109e-2f));
+  p = fma(p, f, splat(2.4022651e-1f));
+  p = fma(p, f, splat(6.9314718e-1f));
   p = fma(p, f, splat(1.0f));
   const vf scaled = (vf)((vu)p + ((vu)shifted << 23));
   return t < low ? (vf){} : scaled;
