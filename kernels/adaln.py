@@ -151,6 +151,21 @@ def norm_sample(
     return Sample(label, make, real)
 
 
+def real_norm_samples(residual: bool = False) -> list[Sample]:
+    """The models' norms: SiT's modulated per image, MAETok's with an affine, its MoVQ decoder's, LightningDiT's."""
+    per_image, layer_scale = (2, 1) if residual else (None, None)
+    return [
+        *(
+            norm_sample(label, (b, n, d), 0, False, gate=per_image, residual=residual, real=True)
+            if d == 1152
+            else norm_sample(label, (b, n, d), None, True, gate=layer_scale, residual=residual, real=True)
+            for b, n, d, label in TOKEN_SHAPES
+        ),
+        norm_sample("MAETok-B decoder 256 px", (4, 384, 768), 128, False, offset=0.0, residual=residual, real=True),
+        norm_sample("LightningDiT-XL", (4, 256, 1152), 0, True, 1.0, "rms", per_image, residual, real=True),
+    ]
+
+
 def _out(a, backend):
     y = torch.empty_like(a.x, dtype=getattr(torch, a.out_dtype or str(a.x.dtype)[6:]), memory_format=_DENSE)
     return y, a.x.new_empty(a.x.shape[0] * a.x.shape[1], 2, dtype=torch.float32)
@@ -202,12 +217,7 @@ adaln = Op(
         norm_sample("per token, all tokens, affine", (2, 6, 20), 6, True),
         norm_sample("one row", (1, 1, 8), 0, True),
         norm_sample("more rows than one chunk", (2, 21, 16), 0, True),
-        *(
-            norm_sample(label, (b, n, d), 0 if d == 1152 else None, d == 768, real=True)
-            for b, n, d, label in TOKEN_SHAPES
-        ),
-        norm_sample("MAETok-B decoder 256 px", (4, 384, 768), 128, False, offset=0.0, real=True),
-        norm_sample("LightningDiT-XL", (4, 256, 1152), 0, True, norm="rms", real=True),
+        *real_norm_samples(),
     ],
     flops=lambda a: 8 * a.x.numel(),
 )
@@ -237,20 +247,7 @@ residual_adaln = Op(
         norm_sample("MoVQ: no gate, last tokens", (2, 9, 20), 4, False, offset=0.0, residual=True),
         norm_sample("RMSNorm, one row", (1, 1, 8), 0, True, norm="rms", gate=2, residual=True),
         norm_sample("more rows than one chunk", (2, 21, 16), 0, True, gate=1, residual=True),
-        *(
-            norm_sample(
-                label,
-                (b, n, d),
-                0 if d == 1152 else None,
-                d == 768,
-                gate=2 if d == 1152 else 1,
-                residual=True,
-                real=True,
-            )
-            for b, n, d, label in TOKEN_SHAPES
-        ),
-        norm_sample("MAETok-B decoder 256 px", (4, 384, 768), 128, False, offset=0.0, residual=True, real=True),
-        norm_sample("LightningDiT-XL", (4, 256, 1152), 0, True, norm="rms", gate=2, residual=True, real=True),
+        *real_norm_samples(residual=True),
     ],
     flops=lambda a: 10 * a.x.numel(),
 )

@@ -32,7 +32,7 @@ from . import _adaln_triton, _fp8_triton
 from ._op import Op
 from ._record import TOKEN_SHAPES, Backend, Sample
 from ._tiles import arch, over_grid, over_row
-from .adaln import SHAPES, adaln_ref, check_norm, norm_sample
+from .adaln import SHAPES, adaln_ref, check_norm, norm_sample, real_norm_samples
 
 __all__ = [
     "E4M3",
@@ -276,12 +276,7 @@ adaln_quantize = Op(
         norm_sample("MoVQ: last tokens, plain scale", (2, 6, 64), 4, False, offset=0.0),
         norm_sample("LightningDiT: RMSNorm, per image", (2, 5, 33), 0, True, norm="rms"),
         norm_sample("one row", (1, 1, 8), 0, True),
-        *(
-            norm_sample(label, (b, n, d), 0 if d == 1152 else None, d == 768, real=True)
-            for b, n, d, label in TOKEN_SHAPES
-        ),
-        norm_sample("MAETok-B decoder 256 px", (4, 384, 768), 128, False, offset=0.0, real=True),
-        norm_sample("LightningDiT-XL", (4, 256, 1152), 0, True, norm="rms", real=True),
+        *real_norm_samples(),
     ],
     flops=lambda a: 11 * a.x.numel(),
 )
