@@ -71,6 +71,11 @@ def forced_backend() -> str | None:
     return _State.forced
 
 
+def autocasts(device_type: str) -> bool:
+    """Whether autocast is on for this device type; never for those that have none (meta), where torch itself raises."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
     """Autocast switched off for this device type, where it exists (it does not for meta tensors)."""
     if torch.amp.is_autocast_available(device_type):

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ._dispatch import choose, no_autocast, ordered, why_missing, why_not
+from ._dispatch import autocasts, choose, no_autocast, ordered, why_missing, why_not
 from ._record import RECORDS, P, R, Record
 from ._registration import plain_eager, register
 
@@ -47,12 +47,10 @@ class Op(Record[P, R]):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        tensors = [i for i, n in enumerate(self.names) if self.is_tensor[i] and isinstance(self.role(n), str)]
-        self._deciding = tuple(i for i in tensors if self.role(self.names[i]) != "fp32")
-        self._cast = tuple(
-            (i, self.role(self.names[i]) == "fp32") for i in tensors if self.role(self.names[i]) != "as given"
-        )
-        self._lowered = any(self.role(n) == "lowered" for n in self.names)
+        ruled = [(i, r) for i, r in enumerate(self.roles_in_order) if self.is_tensor[i] and isinstance(r, str)]
+        self._deciding = tuple(i for i, role in ruled if role != "fp32")
+        self._cast = tuple((i, role == "fp32") for i, role in ruled if role != "as given")
+        self._lowered = "lowered" in self.roles_in_order
         self.__doc__, self.__name__, self.__signature__ = self.ref.__doc__, self.name, self.signature
         self._forward_op, self._eager = register(self)
 
@@ -127,7 +125,7 @@ class Op(Record[P, R]):
         target = torch.float32 if target is None else target
         if self._lowered and target is torch.float32:
             device = a[0].device.type
-            if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            if autocasts(device):
                 target = torch.get_autocast_dtype(device)
         full = torch.float64 if target is torch.float64 else torch.float32
         changed: dict[str, Tensor] = {}

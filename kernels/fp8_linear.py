@@ -50,7 +50,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ._dispatch import fall_back, forced_backend, no_autocast, transformed
+from ._dispatch import autocasts, fall_back, forced_backend, no_autocast, transformed
 from ._op import Op
 from ._record import EMPTY
 from .adaln import adaln
@@ -355,8 +355,7 @@ class Fp8Linear(nn.Linear):
 
     def _settings(self, x: Tensor) -> _Settings:
         on = x.device.type
-        lowered = torch.amp.is_autocast_available(on) and torch.is_autocast_enabled(on)
-        dtype = torch.get_autocast_dtype(on) if lowered else x.dtype
+        dtype = torch.get_autocast_dtype(on) if autocasts(on) else x.dtype
         return _Settings(self.scaling, self.emulate, dtype, self.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:

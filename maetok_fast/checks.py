@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maetok_fast.kernels._dispatch import autocasts
+
 __all__ = [
-    "autocasts",
     "check_dtype",
     "check_integers",
     "check_label_range",
@@ -101,8 +102,8 @@ def height_width(name: str, size: Any) -> tuple[int, int]:
     return height, width
 
 
-def check_times(t: Any, batch: int) -> None:
-    """t: floating (B,)."""
+def check_times(t: Any, batch: int | str) -> None:
+    """t: floating (B,); a string allows any B >= 1."""
     check_tensor("t", t, (batch,))
     if not t.dtype.is_floating_point:
         raise TypeError(f"t: expected a floating dtype (times in [0, 1]), got {t.dtype}")
@@ -131,11 +132,6 @@ def check_label_range(y: Tensor, config: Any) -> None:
     if low < 0 or high > last:
         null = f" ({last} = no class)" if last == classes else ", the model has no null class"
         raise ValueError(f"y: class labels must be 0 .. {last}{null}; got {low if low < 0 else high}")
-
-
-def autocasts(device_type: str) -> bool:
-    """Whether autocast is on for this device type; never for those that have none (meta), where torch itself raises."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def readable(x: Tensor) -> bool:

@@ -20,8 +20,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from maetok_fast.checks import autocasts, check_positive
+from maetok_fast.checks import check_positive
 from maetok_fast.kernels import adaln, bias_gelu, gate_residual, residual_adaln, rope_attention, swiglu
+from maetok_fast.kernels._dispatch import autocasts
 
 __all__ = [
     "Attention",
