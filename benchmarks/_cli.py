@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from maetok_fast.bench.machine import fast_dtype
+from maetok_fast.bench.machine import fast_dtype, find_device
 
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 
@@ -47,19 +47,7 @@ def seconds(text: str) -> float:
 
 def device(parser: argparse.ArgumentParser, name: str) -> torch.device:
     """The device of this name; ends the program where it is not one that can be measured here."""
-    try:
-        found = torch.device(name)
-    except RuntimeError:
-        found = None
-    if found is None or found.type not in ("cpu", "cuda"):
-        parser.error(f"--device {name}: expected cpu or cuda")
-    if found.type == "cuda" and not torch.cuda.is_available():
-        parser.error(f"--device {name}: torch finds no CUDA device here; use --device cpu")
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        parser.error(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
-    if found.type == "cpu" and found.index:
-        parser.error(f"--device {name}: expected cpu")
-    return found
+    return said(parser, "--device", lambda: find_device(name), ValueError)
 
 
 def dtype(name: str, where: torch.device) -> str:

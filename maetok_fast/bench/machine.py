@@ -25,6 +25,23 @@ _LIMITS = ("MAETOK_FAST_CPU", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_
 _CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
 
 
+def find_device(name: str) -> torch.device:
+    """The torch device of this name; ValueError in words where it is not one that can be measured here."""
+    try:
+        found = torch.device(name)
+    except RuntimeError:
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise ValueError(f"unknown device {name!r}: expected cpu or cuda")
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name}: torch finds no CUDA device here; use --device cpu")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
+    if found.type == "cpu" and found.index:
+        raise ValueError(f"device {name}: expected cpu")
+    return found
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for queued work, so that a clock read after it means something."""
     if device.type == "cuda":

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -33,11 +33,13 @@ def bench_ops(
     load: Annotated[Path | None, typer.Option(help="Measure nothing, show what --json wrote.")] = None,
 ) -> None:
     """Every op at the models' shapes against plain torch, torch.compile and the machine's ceilings."""
+    import torch
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from maetok_fast.bench import cases, ops, table
     from maetok_fast.bench.budget import Budget
+    from maetok_fast.bench.machine import find_device
     from maetok_fast.kernels._drive import load as load_ops
 
     try:
@@ -53,7 +55,7 @@ def bench_ops(
                 direction=direction or cases.DIRECTIONS,
                 samples=1 if quick else None,
             )
-            where = _device(device)
+            where = find_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
             columns = TextColumn("{task.description:<60}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
             with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
                 task = bar.add_task("", total=len(found), completed=-1)
@@ -82,15 +84,3 @@ def bench_ops(
     if markdown is not None:
         page = markdown.read_text() if markdown.exists() else ""
         markdown.write_text(table.put(page, table.markdown(document)))
-
-
-def _device(name: str) -> Any:
-    """The torch device of this name, by default the first GPU; ValueError where torch does not find it."""
-    import torch
-
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name.split(":")[0] not in ("cpu", "cuda"):
-        raise ValueError(f"unknown device {name!r}: expected cpu or cuda")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError("torch finds no CUDA device here: use --device cpu")
-    return torch.device(name)
