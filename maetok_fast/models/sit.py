@@ -99,7 +99,7 @@ class FinalLayer(nn.Module):
         return self.linear(self.norm_final(x, shift, scale))
 
 
-class DiffusionTransformer(Pretrained, nn.Module):
+class DiffusionTransformer(Pretrained):
     """What SiT and LightningDiT share: embedders, positions, the split into condition, modulations and blocks.
 
     Subclasses set `blocks` and `final_layer` and call `reset_parameters`; `rope()` gives their RoPE table or None.
@@ -152,8 +152,7 @@ class DiffusionTransformer(Pretrained, nn.Module):
 
     def condition(self, t: Tensor, y: Tensor) -> Tensor:
         """t (B,) in [0, 1] and labels y (B,) -> c (B, D). In training mode labels are dropped at `label_dropout`."""
-        check_tensor("t", t, ("B",))
-        check_times(t, t.shape[0])
+        check_times(t, "B")
         check_labels(y, t.shape[0], self.config)
         if self.config.time == "sit":
             t = 1 - t

@@ -71,10 +71,7 @@ class _Half(nn.Module):
         pos = grid_positions(grid, device)
         if self.position == "axial":
             return [rope_table(axial_frequencies(self.half_dims, self.theta, "x", device), pos)] * depth
-        freqs = self.freqs.view(2, depth, self.heads, -1)
-        if freqs.dtype in (torch.float16, torch.bfloat16):
-            freqs = freqs.float()
-        return list(rope_table(freqs, pos).unbind(0))
+        return list(rope_table(self.freqs.view(2, depth, self.heads, -1), pos).unbind(0))
 
 
 class Encoder(_Half):
@@ -191,7 +188,7 @@ class ToPixel(nn.Module):
         return self.model(x)
 
 
-class MAETok(Pretrained, nn.Module):
+class MAETok(Pretrained):
     """The tokenizer. `encode`, `decode`, and `forward` = decode(encode) for training. See the module's drawing.
 
     `MAETok.from_pretrained`, `save_pretrained` and `push_to_hub` read and write the public layout
