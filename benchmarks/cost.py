@@ -88,22 +88,18 @@ def extra_samples(op: str) -> list[Any]:
     """Samples beside the real ones, for the rows of the tile table that no model of the library reaches."""
     if op != "rope_attention":
         return []
+    import torch
+
     from maetok_fast.kernels import Sample
 
     def wide(rotated: bool) -> Callable[[Callable[..., Any]], dict[str, Any]]:
         def make(randn: Callable[..., Any]) -> dict[str, Any]:
             args = {"qkv": randn(4, 256, 3, 16, 128)}
-            return args | {"rope": randn(2, 16, 256, 64, dtype=_float32())} if rotated else args
+            return args | {"rope": randn(2, 16, 256, 64, dtype=torch.float32)} if rotated else args
 
         return make
 
     return [Sample("head_dim 128", wide(False)), Sample("head_dim 128, rotated", wide(True))]
-
-
-def _float32() -> Any:
-    import torch
-
-    return torch.float32
 
 
 def record(

@@ -90,12 +90,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     _cli.device(parser, args.device)
     for option in ("out", "keep"):
         _cli.output(parser, f"--{option}", getattr(args, option), folder=option == "keep")
-    if args.stored is not None and not args.stored.is_dir():
-        parser.error(f"--from {args.stored}: no such folder")
     if args.stored is not None:
-        _cli.said(parser, f"--from {args.stored}", lambda: collect(args.stored), ValueError, OSError)
-        if not collect(args.stored):
-            parser.error(f"--from {args.stored}: nothing that --keep wrote is in there")
+        where = f"--from {args.stored}"
+        if not args.stored.is_dir():
+            parser.error(f"{where}: no such folder")
+        if not _cli.said(parser, where, lambda: collect(args.stored), ValueError, OSError):
+            parser.error(f"{where}: nothing that --keep wrote is in there")
     return args
 
 

@@ -147,8 +147,9 @@ def record_work(
     made = make(op, sample, DTYPES[dtype], device)
     cost = op.cost(**made)
     args = tuple(op.arguments(**made))
-    reasons = {name: why for name, why in op.reason(*args).items() if why is not None}
-    usable = [name for name in op.reason(*args) if name not in reasons]
+    asked = op.reason(*args)
+    reasons = {name: why for name, why in asked.items() if why is not None}
+    usable = [name for name in asked if name not in reasons]
     first = op.choose(*args)
     grad = direction == BOTH
     leaves = []
