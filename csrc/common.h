@@ -40,7 +40,11 @@ const char* variant_name(Variant v);
 Variant variant();  // the one that calls use: the processor's own, or a lesser one that cpu_limit has set
 
 // MF_CALL(adaln_fwd, args): the kernel of the instruction set in use.
-#ifdef MF_X86
+#if defined(MF_EMULATED_TILES)  // tests/emulate_tiles.py
+#define MF_DECLARE(FN, ARGS) \
+  namespace mf::avx512bf16 { void FN(const ARGS&); }
+#define MF_CALL(FN, args) ::mf::avx512bf16::FN(args);
+#elif defined(MF_X86)
 #define MF_DECLARE(FN, ARGS)                     \
   namespace mf::v2 { void FN(const ARGS&); }     \
   namespace mf::avx2 { void FN(const ARGS&); }   \

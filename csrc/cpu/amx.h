@@ -13,7 +13,7 @@
 // Rows that do not exist and channels beyond head_dim are packed as zeros.
 #pragma once
 
-#include "cpu/types.h"
+#include "cpu/simd.h"
 
 #if defined(MF_AMX_COMPILED) && defined(__AVX512BW__)
 #define MF_HAS_AMX 1
@@ -21,10 +21,12 @@
 
 #include <cstdint>
 
-#ifndef __clang__
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own headers (its bug 105593)
-#endif
+#ifdef MF_EMULATED_TILES
+#include "cpu/amx_emulated.h"
+#define MF_AMX
+#else
 #define MF_AMX __attribute__((target("amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512vl,avx512dq")))
+#endif
 #define MF_AMX_INLINE static inline __attribute__((always_inline)) MF_AMX
 
 namespace mf::MF_VARIANT {
@@ -36,7 +38,8 @@ constexpr float LOG2E = 1.44269504f, LN2 = 0.69314718f;
 // Sixteen rows of 64 bytes in all eight tiles; orphaned tiles are given back by the destructor.
 class Tiles {
  public:
-  MF_AMX Tiles() {
+  MF_AMX Tiles() { configure(); }
+  MF_AMX static void configure() {
     Config config;
     for (int i = 0; i < 8; ++i) config.bytes[i] = 64, config.rows[i] = 16;
     asm volatile("" ::"r"(&config) : "memory");  // GCC believes that ldtilecfg reads eight bytes
@@ -76,37 +79,8 @@ MF_AMX_INLINE uint32_t low_bits(int64_t count) {
   return count >= 32 ? 0xffffffffu : count <= 0 ? 0u : (1u << count) - 1u;
 }
 
-// 16 x 16 dwords, transposed.
-MF_AMX_INLINE void transpose(__m512i (&r)[16]) {
-  __m512i t[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  // r[4 g + j] holds, in its lane l, column 4 l + j of rows 4 g .. 4 g + 3
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    const __m512i a = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88), b = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd);
-    const __m512i c = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88), d = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
-    t[j] = _mm512_shuffle_i32x4(a, c, 0x88);
-    t[4 + j] = _mm512_shuffle_i32x4(b, d, 0x88);
-    t[8 + j] = _mm512_shuffle_i32x4(a, c, 0xdd);
-    t[12 + j] = _mm512_shuffle_i32x4(b, d, 0xdd);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) r[i] = t[i];
-}
-
 // Tokens x channels: 16 rows of x (row stride in elements), `rows` of which exist -> ceil(dim / 32) tiles.
-MF_AMX static void copy_rows(const uint16_t* x, int64_t stride, int64_t rows, int64_t dim, char* to) {
+[[maybe_unused]] MF_AMX static void copy_rows(const uint16_t* x, int64_t stride, int64_t rows, int64_t dim, char* to) {
   for (int64_t r = 0; r < 16; ++r)
     for (int64_t d = 0; d < dim; d += 32) {
       const __mmask32 mask = r < rows ? low_bits(dim - d) : 0;
@@ -115,13 +89,13 @@ MF_AMX static void copy_rows(const uint16_t* x, int64_t stride, int64_t rows, in
 }
 
 // Channel pairs x tokens: the same rows -> ceil(dim / 32) tiles. dim is even.
-MF_AMX static void transpose_rows(const uint16_t* x, int64_t stride, int64_t rows, int64_t dim, char* to) {
+[[maybe_unused]] MF_AMX static void transpose_rows(const uint16_t* x, int64_t stride, int64_t rows, int64_t dim, char* to) {
   for (int64_t d = 0; d < dim; d += 32, to += TILE) {
     const __mmask16 mask = static_cast<__mmask16>(low_bits((dim - d) / 2));
     __m512i v[16];
 #pragma GCC unroll 16
     for (int r = 0; r < 16; ++r) v[r] = _mm512_maskz_loadu_epi32(r < rows ? mask : 0, x + r * stride + d);
-    transpose(v);
+    transpose16(v);
 #pragma GCC unroll 16
     for (int r = 0; r < 16; ++r) _mm512_store_si512(to + r * 64, v[r]);
   }
@@ -140,7 +114,7 @@ MF_AMX static void pack_pairs(const uint16_t* x, int64_t stride, int64_t rows, i
       const __m512i b = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(2 * p + 1 < rows ? mask : 0, pair + stride));
       v[p] = _mm512_or_si512(a, _mm512_slli_epi32(b, 16));
     }
-    if (CHANNELS_FIRST) transpose(v);
+    if (CHANNELS_FIRST) transpose16(v);
 #pragma GCC unroll 16
     for (int p = 0; p < 16; ++p) _mm512_store_si512(to + p * 64, v[p]);
   }
@@ -201,7 +175,7 @@ MF_AMX_INLINE void block(const Matrix& a, const Matrix& b, const Matrix& c, int6
 }
 
 // C (rows x columns tiles) = A B or += A B.
-MF_AMX static void product(const Matrix& a, const Matrix& b, const Matrix& c, int64_t rows, int64_t columns, int64_t steps, bool add) {
+[[maybe_unused]] MF_AMX static void product(const Matrix& a, const Matrix& b, const Matrix& c, int64_t rows, int64_t columns, int64_t steps, bool add) {
   for (int64_t i = 0; i < rows; i += 2)
     for (int64_t j = 0; j < columns; j += 2) {
       if (i + 1 < rows) j + 1 < columns ? block<true, true>(a, b, c, i, j, steps, add) : block<true, false>(a, b, c, i, j, steps, add);

@@ -178,7 +178,7 @@ MF_AMX void one_head(const AttentionBwdArgs& a, const BwdScratch& z, int64_t ima
       __m512i sums[16];
 #pragma GCC unroll 16
       for (int r = 0; r < 16; ++r) sums[r] = _mm512_load_si512(tile + r * 64);
-      transpose(sums);
+      transpose16(sums);
 #pragma GCC unroll 16
       for (int r = 0; r < 16; ++r)
         if (m + r < a.queries) store_bf16(dq + (m + r) * a.token[3] + d, _mm512_castsi512_ps(sums[r]), scale, dim - d);

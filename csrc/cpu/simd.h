@@ -18,6 +18,11 @@
 
 #include "cpu/types.h"
 
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own headers (its bug 105593)
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+
 #define MF_INLINE static inline __attribute__((always_inline))
 
 namespace mf {
@@ -240,6 +245,37 @@ MF_INLINE vf alternating() {
   for (int i = 0; i < W; ++i) v[i] = i % 2 ? 1.0f : -1.0f;
   return v;
 }
+
+#ifdef MF_AVX512
+// 16 x 16 dwords, transposed.
+MF_INLINE void transpose16(__m512i (&r)[16]) {
+  __m512i t[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  // r[4 g + j] holds, in its lane l, column 4 l + j of rows 4 g .. 4 g + 3
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const __m512i a = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88), b = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd);
+    const __m512i c = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88), d = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
+    t[j] = _mm512_shuffle_i32x4(a, c, 0x88);
+    t[4 + j] = _mm512_shuffle_i32x4(b, d, 0x88);
+    t[8 + j] = _mm512_shuffle_i32x4(a, c, 0xdd);
+    t[12 + j] = _mm512_shuffle_i32x4(b, d, 0xdd);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) r[i] = t[i];
+}
+#endif
 
 // ---- element type and rows ----------------------------------------------------------------------------------------------
 

@@ -32,7 +32,9 @@ namespace {
 
 // "" where AMX-BF16 can be used, else what is missing.
 std::string why_no_amx() {
-#ifdef MF_AMX_COMPILED
+#if defined(MF_EMULATED_TILES)
+  return "";
+#elif defined(MF_AMX_COMPILED)
   unsigned a = 0, b = 0, c = 0, d = 0;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d >> 24 & 1) == 0 || (d >> 22 & 1) == 0)
     return "the processor has no AMX-BF16";
