@@ -35,6 +35,7 @@ from .gan_loss import *
 from .gate_residual import *
 from .gather_tokens import *
 from .hog import *
+from .linear import *
 from .lpips import *
 from .patchgan import *
 from .rope_attention import *

@@ -25,9 +25,11 @@ native library and in `maetok-fast doctor`; importing the package never fails fo
 
 from __future__ import annotations
 
+import functools
 import os
+import platform
 
-__all__ = ["LEVELS", "SWITCH", "checked", "limit_libraries", "onednn_level"]
+__all__ = ["LEVELS", "SWITCH", "checked", "limit_libraries", "name", "onednn_level", "vendor"]
 
 SWITCH = "MAETOK_FAST_CPU"
 LEVELS = ("v2", "avx2", "avx512", "avx512bf16", "amx")
@@ -80,6 +82,25 @@ def onednn_level(own: str) -> str:
     name = (os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "").upper()
     most = next((level for level, names in _ONEDNN.items() if name in names), "amx")
     return LEVELS[min(LEVELS.index(own), LEVELS.index(most))]
+
+
+def name() -> str:
+    """The processor's own name, "unknown CPU" where the system does not tell."""
+    return _cpuinfo("model name") or platform.processor() or "unknown CPU"
+
+
+def vendor() -> str:
+    """ "GenuineIntel", "AuthenticAMD", ..., "" where the system does not tell."""
+    return _cpuinfo("vendor_id")
+
+
+@functools.cache
+def _cpuinfo(field: str) -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")
+    except OSError:
+        return ""
 
 
 limit_libraries()

@@ -8,7 +8,7 @@
 Both save x only: the backward recomputes the activation. The gradient of bias is summed over chunks of rows in fp32 and
 the chunks in order, so results do not depend on the schedule. fp32 inside, rounded once. tanh-GELU is the logistic form
 of v (1 + tanh u) / 2: one exponential and one division. The native half (csrc/cpu/activation.cpp) also serves
-`linear.PackedLinear`, in place.
+`packed_linear.PackedLinear`, in place.
 """
 
 from __future__ import annotations

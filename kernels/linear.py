@@ -1,138 +1,167 @@
 # Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
-"""PackedLinear: y = act(x W^T + b) [+ | * other] for inference, with the weight laid out once for the processor.
+"""linear: y = act(x W^T + b), differentiable: the linear layers of a training step on a CPU.
 
-    x (..., in) ── oneDNN matmul over the packed weight ── + bias ── act ── + or * other ──> y (..., out)
-                   "packed"  CPU, bf16 / fp32               (in the GEMM's epilogue, before the one rounding)
-                   "dense"   every other device or dtype: F.linear, then the same steps apart
+    forward    u = x W^T + b,  y = act(u)                     one product, u and y written by its epilogue
+    backward   du = dy act'(u), db = sum du                   one pass (csrc/cpu/activation.cpp)
+               dx = du W,  dW = du^T x                        two products, operands transposed while they are packed
 
-What each part buys on SiT-XL's shapes on a CPU with AMX (benchmarks/models.py linear prints it): F.linear re-lays the
-bf16 weight inside every call; packed once, the GEMM takes 0.6-0.9 of the time where the output is wide (qkv, fc1) and
-the same time where the reduction is long (fc2). oneDNN's tanh-GELU epilogue costs 25-30 % of the GEMM, erf's 10 %: so
-bf16 tanh-GELU and SiLU run as a native pass over the output (csrc/cpu/activation.cpp) and erf stays in the epilogue.
+All three are the packed GEMM of csrc/cpu/gemm.cpp, which packs W block by block in the cache where it multiplies.
+Saved are x, W and, with an activation, u; y is not. Sums in fp32 over blocks of 384, in an order that depends on no
+thread. On AMX the operands are pairs of bf16 where x is bf16, else fp32 whatever x is, so that neither x nor W is
+rounded on its way.
 
-Why this is a module and no `Op` record: an op is a function of tensors whose backends agree on their layout. A packed
-weight is an opaque oneDNN tensor: no strides, no gradient, no state dict, meaningless on another machine. It belongs to
-whoever prepared the model, as the layer that it replaces did, so the pattern here is a drop-in for `nn.Linear`.
+Whether that beats torch depends on the processor: MKL lays fp32 operands out as well as this on Intel's, and is half as
+fast on AMD's. `pays` says which to take, by a race at the first training step of each shape (`_tune`).
+
+On CUDA this op has no kernels: cuBLAS makes these products, `bias_gelu` and `swiglu` what follows them.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+import torch.nn.functional as F
+from torch import Tensor
 
-from . import _native
-from ._dispatch import transformed
+from . import _native, _processor, _tune
+from ._dispatch import autocasts, transformed
+from ._gemm import ACTS, Panels, multiply
+from ._op import Op
+from ._record import Backend, Sample
 
-__all__ = ["ACTIVATIONS", "PackedLinear", "why_not_packed"]
+__all__ = ["linear", "linear_ref", "pays"]
 
-# name -> (plain torch, oneDNN's epilogue and its variant, the native pass's kind for bf16)
-ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[str, str], int | None]] = {
-    "none": (lambda y: y, ("none", ""), None),
-    "relu": (F.relu, ("relu", ""), None),
-    "gelu": (F.gelu, ("gelu", "none"), None),
-    "gelu_tanh": (functools.partial(F.gelu, approximate="tanh"), ("gelu", "tanh"), 0),
-    "silu": (F.silu, ("swish", ""), 1),
+_ROWS = 128  # fewer than that never pay for the packing of W
+
+_ACTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda u: u,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda u: F.gelu(u, approximate="tanh"),
+    "silu": F.silu,
 }
 
 
-def why_not_packed(dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why a Linear of this dtype on this device runs "dense", or None when it is packed."""
-    if device.type != "cpu":
-        return f"weights are packed on the CPU only, not on {device.type}"
-    if dtype not in (torch.bfloat16, torch.float32):
-        return f"oneDNN packs bfloat16 and float32 weights here, not {dtype}"
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
-        return "this torch was built without oneDNN"
-    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return "there are no bfloat16 instructions that oneDNN may use here"
-    return None
+def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None, act: str = "none") -> Tensor:
+    """act(x weight^T + bias).
 
-
-class PackedLinear(nn.Module):
-    """Inference-only `nn.Linear` with an activation and an optional elementwise partner.
-
-    weight (out, in), bias (out,) or None: any float dtype; copied in `dtype` (default: weight's own) and packed.
-    activation: "none", "relu", "gelu" (erf), "gelu_tanh", "silu".
-    The module's `dtype`, `in_features`, `out_features` and `backend` ("packed" or "dense") tell what it became.
-    ValueError for an unknown activation or shapes that do not fit.
+    x (..., in), weight (out, in), bias (out,) or None: bf16, fp16 or fp32 (fp64: reference only); under autocast in its
+    dtype, as torch's linear. act: "none", "gelu" (erf), "gelu_tanh" or "silu". Returns (..., out), their widest dtype.
+    Raises ValueError when shapes do not fit or act is unknown.
     """
-
-    weight: Tensor
-    bias: Tensor | None
-
-    def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        activation: str = "none",
-        *,
-        dtype: torch.dtype | None = None,
-        pack: bool = True,
-    ) -> None:
-        super().__init__()
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"unknown activation {activation!r}: expected one of {', '.join(ACTIVATIONS)}")
-        if weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
-            raise ValueError(
-                f"PackedLinear needs weight (out, in) and bias (out,); got {tuple(weight.shape)} and "
-                f"{None if bias is None else tuple(bias.shape)}"
-            )
-        self.out_features, self.in_features = weight.shape
-        self.activation = activation
-        self.dtype = weight.dtype if dtype is None else dtype
-        own = functools.partial(torch.Tensor.to, dtype=self.dtype, copy=True, memory_format=torch.contiguous_format)
-        self.register_buffer("bias", None if bias is None else own(bias.detach()))
-        self.backend = "packed" if pack and why_not_packed(self.dtype, weight.device) is None else "dense"
-        if self.backend == "packed":
-            # no buffer: state dicts, .to() and copies cannot handle opaque tensors
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(self.dtype).contiguous())
-        else:
-            self.register_buffer("weight", own(weight.detach()))
-        self._plain, self._epilogue, kind = ACTIVATIONS[activation]
-        native = self.backend == "packed" and self.dtype == torch.bfloat16 and _native.why_missing() is None
-        self._native_kind = kind if native else None
-
-    @classmethod
-    def of(
-        cls, linear: nn.Linear, activation: str = "none", *, dtype: torch.dtype | None = None, pack: bool = True
-    ) -> PackedLinear:
-        """The packed form of an `nn.Linear`, which stays as it is."""
-        return cls(linear.weight, linear.bias, activation, dtype=dtype, pack=pack)
-
-    @torch.no_grad()
-    def forward(self, x: Tensor, *, add: Tensor | None = None, mul: Tensor | None = None) -> Tensor:
-        """x (..., in) of the module's dtype -> (..., out): act(x W^T + b), then `+ add` or `* mul` (..., out).
-
-        One of the two at most.
-        """
-        if transformed((x,)):
-            raise RuntimeError(
-                "PackedLinear has no derivatives, x is under torch.func or forward-mode AD: use nn.Linear"
-            )
-        if add is not None and mul is not None:
-            raise ValueError("PackedLinear takes add or mul, not both; do one of them outside")
-        if self.backend == "dense":
-            if x.device.type == "cpu":
-                x = x.contiguous()  # where bf16 is emulated torch rounds a strided product twice, and copies it anyway
-            return _apart(self._plain(F.linear(x, self.weight, self.bias)), add, mul)
-        other = add if mul is None else mul
-        if other is not None and self.activation == "none":
-            name = "add" if mul is None else "mul"
-            return torch.ops.mkldnn._linear_pointwise.binary(x, other, self._packed, self.bias, name)
-        name, variant = self._epilogue if self._native_kind is None else ("none", "")
-        y = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, name, [], variant)
-        if self._native_kind is not None:
-            _native.lib().bias_act_fwd(y, None, y, self._native_kind)
-        return _apart(y, add, mul)
-
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, {self.activation}, {self.dtype}, {self.backend}"
+    return _ACTS[act](F.linear(x, weight, bias))
 
 
-def _apart(y: Tensor, add: Tensor | None, mul: Tensor | None) -> Tensor:
-    y = y if mul is None else y * mul
-    return y if add is None else y + add
+def pays(x: Tensor, weight: Tensor, act: str) -> bool:
+    """Whether `linear(x, weight, bias, act)` trains faster than torch on this machine: x (..., in), weight (out, in).
+
+    Never off the CPU, without gradients, under torch.compile (Inductor has its own) or for few rows.
+    """
+    if x.device.type != "cpu" or not torch.is_grad_enabled() or torch.compiler.is_compiling() or transformed((x,)):
+        return False
+    rows = x.numel() // max(1, x.shape[-1])
+    if rows < _ROWS or _native.why_missing() is not None:
+        return False
+    dtype = x.dtype
+    if dtype == torch.float32 and autocasts("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+    if dtype not in (torch.float32, torch.bfloat16):
+        return False
+    rows = min(4096, 1 << (rows.bit_length() - 1))
+    return _race(rows, *weight.shape, dtype, act, torch.get_num_threads()) == "native"
+
+
+@functools.cache
+def _race(rows: int, outer: int, inner: int, dtype: torch.dtype, act: str, threads: int) -> str:
+    """The faster of a forward and backward of the op and of torch's, "native" or "torch"."""
+    with torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        leaves = [
+            torch.full(shape, 0.01, dtype=dtype, requires_grad=True)
+            for shape in ((rows, inner), (outer, inner), (outer,))
+        ]
+        dy = torch.full((rows, outer), 0.01, dtype=dtype)
+
+        def step(fn: Callable[..., Tensor]) -> None:
+            torch.autograd.grad(fn(*leaves, act), leaves, dy)
+
+        name = "fp32" if dtype == torch.float32 else "bf16"
+        return _tune.fastest(
+            f"training linear {inner} -> {outer} {act}, {name}, {rows} rows",
+            {"native": lambda: step(linear), "torch": lambda: step(linear_ref)},
+            "torch" if _processor.vendor() == "GenuineIntel" and dtype == torch.float32 else "native",
+        )
+
+
+def _pairs(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16 and _native.lib().cpu_variant() == "amx"
+
+
+def _forward(a, out):
+    panels = Panels.once(a.weight, a.bias, _pairs(a.x))
+    multiply(a.x, panels, out.y, act=a.act, before=None if a.act == "none" else out.before)
+
+
+def _backward(a, out, g, d):
+    x, dy = a.x.flatten(0, -2), g.y.flatten(0, -2)
+    total = None if d.bias is None else torch.empty(len(a.weight), dtype=torch.float32)
+    if a.act == "none":
+        du = dy
+        if total is not None:
+            torch.sum(du, 0, dtype=torch.float32, out=total)
+    else:
+        du = torch.empty_like(dy)
+        _native.lib().bias_act_bwd(dy, out.before.flatten(0, -2), None, du, total, ACTS[a.act])
+    if d.bias is not None:
+        d.bias.copy_(total)
+    pairs = _pairs(a.x)
+    if d.x is not None:
+        multiply(du, Panels.once(a.weight.t(), None, pairs), d.x.flatten(0, -2))
+    if d.weight is not None:
+        multiply(du.t(), Panels.once(x.t(), None, pairs), d.weight)
+
+
+def _check(a):
+    if a.act not in _ACTS:
+        raise ValueError(f"linear: act must be one of {', '.join(_ACTS)}, got {a.act!r}")
+
+
+def _out(a, backend):
+    y = a.x.new_empty(*a.x.shape[:-1], a.weight.shape[0])
+    return y, torch.empty_like(y) if a.act != "none" else y.new_empty(0)
+
+
+def _sample(
+    label: str, shape: tuple[int, ...], outer: int, act: str = "none", bias: bool = True, real: bool = False
+) -> Sample:
+    def make(randn: Callable[..., Tensor]) -> dict[str, Any]:
+        args: dict[str, Any] = {"x": randn(*shape), "weight": randn(outer, shape[-1]) / shape[-1] ** 0.5, "act": act}
+        return args | ({"bias": randn(outer)} if bias else {})
+
+    return Sample(label, make, real)
+
+
+linear = Op(
+    "linear",
+    ref=linear_ref,
+    shapes={"x": "... K", "weight": "N K", "bias": "N"},
+    check=_check,
+    roles={"x": "lowered", "weight": "lowered", "bias": "lowered"},
+    out=_out,
+    saved=("before",),
+    cpu=[Backend("native", _forward, _backward, lambda a: "x must have rows" if a.x.ndim < 2 else None)],
+    samples=[
+        _sample("gelu, odd sizes", (2, 5, 33), 41, "gelu"),
+        _sample("more rows and columns than a panel", (3, 29, 70), 90, "gelu_tanh"),
+        _sample("two blocks of K", (17, 400), 19),
+        _sample("silu, no bias", (1, 7, 20), 36, "silu", bias=False),
+        _sample("one row", (1, 9), 3, "none"),
+        _sample("SiT-XL 128 tokens, qkv", (4, 128, 1152), 3456, real=True),
+        _sample("SiT-XL 128 tokens, fc1", (4, 128, 1152), 4608, "gelu_tanh", real=True),
+        _sample("SiT-XL 128 tokens, fc2", (4, 128, 4608), 1152, real=True),
+        _sample("MAETok-B 256 px, fc1", (4, 385, 768), 3072, "gelu", real=True),
+        _sample("MAETok-B 256 px, fc2", (4, 385, 3072), 768, real=True),
+    ],
+    flops=lambda a: 2 * a.x.numel() * a.weight.shape[0],
+)

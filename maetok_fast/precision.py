@@ -8,9 +8,9 @@
     fp16   float16       float16                float32 (autocast)    CUDA
     fp8    float8 GEMMs  bfloat16               float32 (autocast)    CUDA compute capability >= 8.9
 
-auto is bf16 on CUDA >= 8.0 and on processors with AVX512_BF16 or AMX, as far as oneDNN may use them
-(`maetok_fast.kernels._processor`), and fp32 elsewhere. Milliseconds of a linear layer (512, 1152) x (1152, 4608), fp32
-and bf16, on two Zen 5 cores (torch 2.14): 28 and 6.2; held to avx512: 28 and 34; to avx2: 29 and 105.
+auto is bf16 on CUDA >= 8.0 and on processors with AMX or an AVX512_BF16 that is measured to beat fp32, as far as oneDNN
+may use them (`maetok_fast.kernels._processor`), and fp32 elsewhere. Milliseconds of a linear layer (512, 1152) x (1152,
+4608), fp32 and bf16, on two Zen 5 cores (torch 2.14): 28 and 6.2; held to avx512: 28 and 34; to avx2: 29 and 105.
 
 `resolve(setting, device)` is the only door: it knows the names and refuses what the device cannot do. fp8 is bf16 with
 other linear layers: `to_fp8(model)` exchanges those that gain by it and says why the others stay.
@@ -76,11 +76,14 @@ _NAMES = {
 _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
-def resolve(setting: str | torch.dtype | Precision = AUTO, device: torch.device | str = "cpu") -> Precision:
+def resolve(
+    setting: str | torch.dtype | Precision = AUTO, device: torch.device | str = "cpu", *, packed: bool = False
+) -> Precision:
     """The `Precision` of a name ("auto" included), a torch dtype or a `Precision`, checked against the device.
 
     ValueError for an unknown setting, for fp16 off CUDA and for fp8 where the hardware has no float8 tensor cores.
-    Asking by name for bf16 where it is emulated works, and warns once with what it costs there.
+    Asking by name for bf16 where it is emulated works, and warns once with what it costs there; not where the caller
+    multiplies by packed weights of ours, which need no bf16 instructions (`packed`).
     """
     device = torch.device(device)
     if setting == AUTO:
@@ -100,7 +103,8 @@ def resolve(setting: str | torch.dtype | Precision = AUTO, device: torch.device 
         why = why_no_fp8_hardware(device, scaling="tensor")
         if why is not None:
             raise ValueError(f"precision fp8 is not available: {why}; use {AUTO}")
-    if name == "bf16" and (device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_available())):
+    present = device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_available())
+    if name == "bf16" and present and not packed:
         why = why_bf16_is_emulated(device)
         if why is not None:
             _warn_of_emulation(device, why)
@@ -132,6 +136,11 @@ def _automatic(device: torch.device) -> Precision:
     if emulated is not None:
         return replace(_NAMES["fp32"], why=f"precision auto: fp32 on {device.type}: {emulated}")
     means = "tensor cores" if device.type == "cuda" else _processor.onednn_level(_native.level())
+    if means == "avx512bf16" and bf16_cost(device) > 1:
+        # some processors have the instructions at half of fp32's rate (Sapphire and Emerald Rapids without their tiles)
+        return replace(
+            _NAMES["fp32"], why=f"precision auto: fp32 on {device.type}: bf16 products of {means} are slower here"
+        )
     return replace(_NAMES["bf16"], why=f"precision auto: bf16 on {device.type}: {means} computes it at full rate")
 
 
@@ -210,7 +219,7 @@ def to_fp8(model: nn.Module, *, scaling: str = "row", min_features: int = 1024, 
     scaling: "row" or "tensor". emulate: exchange on any device, computing the same slowly.
     Returns the table of all linear layers. On a device without float8 nothing changes and every row says why.
     """
-    from maetok_fast.layers import LabelEmbedder, Modulation, TimestepEmbedder
+    from maetok_fast.layers import LabelEmbedder, Linear, Modulation, TimestepEmbedder
 
     rows, per_image = [], []
     for name, module in list(model.named_modules()):
@@ -224,7 +233,7 @@ def to_fp8(model: nn.Module, *, scaling: str = "row", min_features: int = 1024, 
         )
         if type(module) is Fp8Linear:
             reason = module.why_not_fp8()
-        elif type(module) is not nn.Linear or hasattr(module, "parametrizations"):
+        elif type(module) not in (nn.Linear, Linear) or hasattr(module, "parametrizations"):
             reason = f"it is a {type(module).__name__}, not a plain nn.Linear"
         elif name.startswith(tuple(per_image)):
             reason = "its input has a row per image, not per token: the cast of its weight is the larger work"

@@ -27,6 +27,7 @@ def _has_gpu() -> bool:
     return cuda.cuInit(0) == 0 and cuda.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
 
 
+os.environ.setdefault("MAETOK_FAST_TUNE", "0")  # no races: the same backends in every run
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores: threads of theirs would wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:

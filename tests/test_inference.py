@@ -23,6 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from maetok_fast.diffusion import sample
 from maetok_fast.inference import prepare
 from maetok_fast.inference.plan import PLAN_ROWS
+from maetok_fast.inference.rebuild import PACK_WIDTH
+from maetok_fast.kernels import _gemm
+from maetok_fast.kernels.packed_linear import PackedLinear
 from maetok_fast.models import LightningDiT, LightningDiTConfig, MAETok, MAETokConfig, SiT, SiTConfig, ViTSize
 from maetok_fast.precision import Precision, resolve
 
@@ -109,6 +112,26 @@ def test_steps_of_a_plan_equal_forwards(generator: Any, dtype: torch.dtype, monk
                 assert rms(got - want) <= 4 * torch.finfo(dtype).eps * rms(want)
                 assert plan.modulations is not None
                 assert len(plan.modulations.final) <= max(limit, len(plan.labels))
+
+
+def test_weights_in_half_the_memory(generator: Any) -> None:
+    """weights=torch.bfloat16: fp32 arithmetic over the rounded weights, and nothing else is rounded."""
+    x, t, y = generator_inputs(generator)
+    fast = prepare(generator, "fp32", torch.bfloat16)
+    rounded = copy.deepcopy(generator)
+    with torch.no_grad():
+        for name, p in rounded.named_parameters():
+            if p.ndim == 2 and "embed" not in name and min(p.shape) >= PACK_WIDTH:
+                p.copy_(p.bfloat16())
+        exact = copy.deepcopy(rounded).double()(x.double(), t.double(), y)
+        assert_rule(fast(x, t, y), rounded(x, t, y), exact, torch.float32)
+    sizes = [m._panels.data.nbytes for m in fast.model.modules() if isinstance(m, PackedLinear)]
+    full = prepare(generator, "fp32")
+    assert 2 * sum(sizes) == sum(m._panels.data.nbytes for m in full.model.modules() if isinstance(m, PackedLinear))
+    with pytest.raises(ValueError, match=r"weights=torch\.float16 under fp32 on cpu"):
+        prepare(generator, "fp32", torch.float16)
+    with pytest.raises(ValueError, match=r"weights=torch\.float32 under bf16"):
+        prepare(generator, "bf16", torch.float32)
 
 
 def test_guided_batch_shares_the_null_row() -> None:
@@ -268,22 +291,29 @@ class _Count(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kind", ["plain", "movqv2"])
-def test_a_prepared_block_is_four_gemms_two_norms_and_one_attention(kind: str) -> None:
-    """Residuals and LayerScale cost no pass of their own, and GELU none outside its GEMM."""
+def test_a_prepared_block_is_four_products_and_one_attention(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms, residuals, LayerScale and GELU cost no pass of their own."""
     tokenizer = MAETok(MAETokConfig(image_size=32, patch=8, encoder=SIZE, decoder=SIZE, decoder_kind=kind))
     fast = prepare(tokenizer)  # what this processor computes at full rate, and so packs
     images = torch.rand(1, 3, 32, 32)
     fast(images)
+    layers = [m for m in fast.model.modules() if isinstance(m, PackedLinear)]
+    if not all(m.backend.startswith("native") for m in layers):
+        pytest.skip("these layers are not the packed GEMM's here")
+    products: list[Any] = []
+    monkeypatch.setattr(_gemm, "multiply", lambda *a, real=_gemm.multiply, **k: products.append(k) or real(*a, **k))
     with _Count() as count:
         fast(images)
     blocks = 2 * SIZE.depth
-    gemms = {name: n for name, n in count.calls.items() if "_linear_pointwise" in name}
-    if gemms:  # not where torch has no oneDNN
-        assert gemms.pop("mkldnn._linear_pointwise.binary") == 2 * blocks
-        assert gemms == {"mkldnn._linear_pointwise.default": 2 * blocks + 1}  # and to_pixel
-        assert count.calls["aten.add.Tensor"] == 1  # latent_tokens + latent_pos_embed
-        assert not any("gelu" in name for name in count.calls)
-    assert count.calls["maetok_fast.adaln.default"] == 2 * blocks + 2
+    assert len(products) == 4 * blocks + 1  # and to_pixel
+    assert collections.Counter(p["join"] for p in products) == {
+        _gemm.Join.none: 2 * blocks + 1,
+        _gemm.Join.add: 2 * blocks,
+    }
+    assert sum(p["norm"][0] for p in products) == 2 * blocks
+    assert count.calls["aten.add.Tensor"] == 1  # latent_tokens + latent_pos_embed
+    assert not any("gelu" in name for name in count.calls)
+    assert count.calls["maetok_fast.adaln.default"] == 2  # the last norm of either half
     assert count.calls["maetok_fast.rope_attention.default"] == blocks
     assert not any("gate_residual" in name or "residual_adaln" in name for name in count.calls)
 

@@ -67,7 +67,8 @@ def test_one_switch_limits_all_libraries_and_auto_follows(level: str) -> None:
     assert ONEDNN[level].lower() in isa.lower()
     assert found["torch"] == {"v2": "DEFAULT", "avx2": "AVX2"}.get(level, "AVX512")
     fast = level == "avx512bf16"
-    assert found["auto"] == ("bf16" if fast else "fp32")
+    # some processors have the instructions of this level, slower than fp32's
+    assert found["auto"] in (("bf16", "fp32") if fast else ("fp32",))
     assert found["why"].startswith(f"precision auto: {found['auto']} on cpu: ")
     assert level in found["why"]
     assert len(found["warnings"]) == (0 if fast else 1), "a warning once, and only where bf16 is emulated"

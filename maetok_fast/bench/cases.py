@@ -253,7 +253,7 @@ def _known(flops: int, moved: int) -> tuple[int, int]:
 
 def _linear_maker(rows: int, inner: int, outer: int, act: str, dtype: str) -> Callable[[torch.device, bool], Work]:
     def make(device: torch.device, compile_: bool) -> Work:
-        from maetok_fast.kernels.linear import PackedLinear, why_not_packed
+        from maetok_fast.kernels.packed_linear import BACKENDS, PackedLinear, why_not
 
         generator = torch.Generator().manual_seed(0)
         kind = DTYPES[dtype]
@@ -272,12 +272,13 @@ def _linear_maker(rows: int, inner: int, outer: int, act: str, dtype: str) -> Ca
         size = x.element_size()
         moved = 4 * size * (rows * (inner + outer) + inner * outer + outer)
         work = Work({}, {REFERENCE: lambda: plain(x)}, moved, 4 * 2 * rows * inner * outer)
-        why = why_not_packed(kind, device)
-        if why is None:
-            packed = [PackedLinear(w, b, act, dtype=kind) for w, b in weights]
-            work.ours["packed"] = lambda: [layer(x) for layer in packed]
-        else:
-            work.reasons["packed"] = why
+        for way in BACKENDS[:-1]:  # "dense" is the reference
+            why = why_not(way, kind, kind, device)
+            if why is not None:
+                work.reasons[way] = why
+                continue
+            packed = [PackedLinear(w, b, act, dtype=kind, backend=way) for w, b in weights]
+            (work.peers if way == "onednn" else work.ours)[way] = partial(_each, packed, x)
         if compile_:
             torch._dynamo.reset()
             compiled = torch.compile(plain, dynamic=False)
@@ -285,6 +286,10 @@ def _linear_maker(rows: int, inner: int, outer: int, act: str, dtype: str) -> Ca
         return work
 
     return make
+
+
+def _each(layers: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> list[Tensor]:
+    return [layer(x) for layer in layers]
 
 
 def _ema_update(dtypes: Sequence[str], directions: Sequence[str]) -> Iterator[Case]:

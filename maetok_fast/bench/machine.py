@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from maetok_fast.kernels._processor import SWITCH
+from maetok_fast.kernels import _processor
 from maetok_fast.precision import resolve
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -52,7 +52,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     """Processor, memory, software; nothing that identifies the machine's owner."""
     info: dict[str, Any] = {
         "system": f"{platform.system()} {platform.machine()}",
-        "cpu": _cpu_name(),
+        "cpu": _processor.name(),
         "cpu_vendor": _proc("/proc/cpuinfo").get("vendor_id", ""),
         "cpu_family": int(_proc("/proc/cpuinfo").get("cpu family") or 0),
         "cpu_features": [f for f in _CPU_FEATURES if f in _cpu_flags()],
@@ -87,7 +87,7 @@ def headline(machine: dict[str, Any]) -> str:
         return f"{machine['gpu']}, torch {machine['torch']}, CUDA {machine['cuda']}"
     features = " with AMX" if "amx_bf16" in machine["cpu_features"] else ""
     limits = dict(limit.split("=", 1) for limit in machine.get("limited_by", ()))
-    held = f" held to {limits[SWITCH]}" if SWITCH in limits else " limited" if limits else ""
+    held = f" held to {limits[_processor.SWITCH]}" if _processor.SWITCH in limits else " limited" if limits else ""
     return f"{machine['cores']} CPU cores ({machine['cpu']}{features}{held}), torch {machine['torch']}"
 
 
@@ -129,10 +129,6 @@ def _proc(path: str) -> dict[str, str]:
         key, _, value = line.partition(":")
         fields.setdefault(key.strip(), value.strip())
     return fields
-
-
-def _cpu_name() -> str:
-    return _proc("/proc/cpuinfo").get("model name") or platform.processor() or "unknown CPU"
 
 
 def _cpu_flags() -> set[str]:

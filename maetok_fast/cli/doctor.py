@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,13 +12,15 @@ import typer
 @dataclass
 class Report:
     """What `doctor` found. facts: name -> value; switches: environment variable -> its value and effect; packages: name
-    -> Status; ops: op -> {device: [(backend, reason)]}. refused: an impossible switch in words; then ops stay empty."""
+    -> Status; ops: op -> {device: [(backend, reason)]}; races: what was measured once on this machine, what -> {choice,
+    milliseconds}. refused: an impossible switch in words; then ops and races stay empty."""
 
     facts: dict[str, str] = field(default_factory=dict)
     switches: dict[str, str] = field(default_factory=dict)
     refused: str = ""
     packages: dict[str, dict[str, str]] = field(default_factory=dict)
     ops: dict[str, dict[str, list[tuple[str, str | None]]]] = field(default_factory=dict)
+    races: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 # What they change when they are set; docs/environment.md has them all.
@@ -28,6 +30,8 @@ SWITCHES = {
     "DNNL_MAX_CPU_ISA": "the older name of ONEDNN_MAX_CPU_ISA",
     "MKL_ENABLE_INSTRUCTIONS": "MKL uses no instructions above this (Intel's processors only)",
     "ATEN_CPU_CAPABILITY": "torch's own loops use no instructions above this",
+    "MAETOK_FAST_TUNE": "0: linear layers run on the native GEMM, whatever would be faster here",
+    "MAETOK_FAST_CACHE": "the folder in which the results of races are kept",
     "MAETOK_FAST_STRICT": "unless it is 0, false, no or off: what would fall back to the reference raises",
     "MAETOK_FAST_CUDA_EMULATOR": "the CUDA C++ kernels run emulated, on CPU tensors",
     "TRITON_INTERPRET": "unless it is 0: Triton kernels run on the CPU, in its interpreter",
@@ -42,7 +46,7 @@ def _processor_facts(facts: dict[str, str]) -> None:
 
     from maetok_fast import precision
     from maetok_fast.kernels import _native, _processor
-    from maetok_fast.kernels.linear import why_not_packed
+    from maetok_fast.kernels.packed_linear import why_not
 
     own, cpu = _native.own_level(), torch.device("cpu")
     held = f", held to {_native.level()} by {_processor.SWITCH}" if _native.level() != own else ""
@@ -52,7 +56,7 @@ def _processor_facts(facts: dict[str, str]) -> None:
         amx = " and AMX tiles (bf16 attention)" if _native.lib().attention_bf16_usable() else ""
         facts["native library"] = f"CPU kernels for {_native.lib().cpu_variant()}{amx}"
     facts["oneDNN"] = f"may use {_processor.onednn_level(own)}" + "".join(
-        f"; {name} linear layers: {why_not_packed(dtype, cpu) or 'packed'}"
+        f"; {name} linear layers: {why_not('onednn', dtype, dtype, cpu) or 'packed'}"
         for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
     )
     if not torch.backends.mkl.is_available():
@@ -78,7 +82,7 @@ def diagnose() -> Report:
     import maetok_fast
     from maetok_fast import kernels
     from maetok_fast._optional import PACKAGES, probe
-    from maetok_fast.kernels import _native
+    from maetok_fast.kernels import _native, _tune
 
     report = Report()
     facts = report.facts
@@ -123,6 +127,7 @@ def diagnose() -> Report:
     report.ops = {
         name: {device: op.usable(device) for device in ("cpu", "cuda")} for name, op in sorted(kernels.ops().items())
     }
+    report.races = _tune.results()
     return report
 
 
@@ -159,6 +164,12 @@ def _print(report: Report) -> None:
         reasons = [f"{b} on {d}: {r}" for d, rows in devices.items() for b, r in rows if r is not None]
         table.add_row(name, *(_first_usable(rows) for rows in devices.values()), escape("\n".join(reasons)))
     console.print(table)
+    if report.races:
+        races = Table("what", "taken", "milliseconds", title="raced on this machine", title_justify="left")
+        for what, race in sorted(report.races.items()):
+            times = ", ".join(f"{name} {ms:.2f}" for name, ms in race["milliseconds"].items())
+            races.add_row(escape(what), escape(race["choice"]), escape(times))
+        console.print(races)
 
 
 def doctor(

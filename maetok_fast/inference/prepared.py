@@ -11,6 +11,7 @@ the same structure runs eagerly over the dense weights in the chosen dtype.
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Generic, NoReturn, TypeVar, overload
 
@@ -20,28 +21,41 @@ from torch.autograd import forward_ad
 
 from maetok_fast.checks import check_label_range, check_tensor
 from maetok_fast.inference.plan import Plan
-from maetok_fast.inference.rebuild import rebuild
+from maetok_fast.inference.rebuild import Target, rebuild
+from maetok_fast.kernels import _native
+from maetok_fast.kernels.packed_linear import PackedLinear
 from maetok_fast.models.sit import DiffusionTransformer
 from maetok_fast.models.tokenizer import MAETok
 from maetok_fast.precision import Precision, resolve
 
 __all__ = ["PreparedGenerator", "PreparedTokenizer", "prepare"]
 
+_KEPT = (torch.bfloat16, torch.float32, "cpu")
 M = TypeVar("M", DiffusionTransformer, MAETok)
 P = TypeVar("P", bound="_Prepared[Any]")
 
 
 @overload
-def prepare(model: MAETok, precision: str | torch.dtype | Precision = "auto") -> PreparedTokenizer: ...
-@overload
-def prepare(model: DiffusionTransformer, precision: str | torch.dtype | Precision = "auto") -> PreparedGenerator: ...
 def prepare(
-    model: MAETok | DiffusionTransformer, precision: str | torch.dtype | Precision = "auto"
+    model: MAETok, precision: str | torch.dtype | Precision = "auto", weights: torch.dtype | None = None
+) -> PreparedTokenizer: ...
+@overload
+def prepare(
+    model: DiffusionTransformer, precision: str | torch.dtype | Precision = "auto", weights: torch.dtype | None = None
+) -> PreparedGenerator: ...
+def prepare(
+    model: MAETok | DiffusionTransformer,
+    precision: str | torch.dtype | Precision = "auto",
+    weights: torch.dtype | None = None,
 ) -> PreparedTokenizer | PreparedGenerator:
     """A fast inference form of a SiT, LightningDiT or MAETok on the device that the model is on.
 
     precision: of computation and weights, whatever `maetok_fast.precision.resolve` knows but fp8; "auto" takes the
         fastest that the device computes at full rate. The result's `precision` says which, and why.
+    weights: on a CPU, the dtype in which packed weights are kept where it is to be another than that of the
+        computation: torch.bfloat16 under fp32 halves a model's memory at no cost in time.
+    On a CPU the layers of each shape are raced over what can compute them (kernels/packed_linear.py), once a machine;
+    `print` of the result says what won.
     Inputs may have any floating dtype, outputs come back in it. TypeError for other models, ValueError for precisions
     that the device or this function lacks.
     """
@@ -49,12 +63,19 @@ def prepare(
         raise TypeError(
             f"prepare knows SiT, LightningDiT and MAETok, not {type(model).__name__}; pass one of these models"
         )
-    resolved = resolve(precision, next(model.parameters()).device)
+    device = next(model.parameters()).device
+    resolved = resolve(precision, device, packed=device.type == "cpu" and _native.why_missing() is None)
     if resolved.name == "fp8":
         raise ValueError("prepare computes in fp32, bf16 or fp16, fp8 is for training; pass precision='auto'")
+    if weights not in (None, resolved.dtype) and (weights, resolved.dtype, device.type) != _KEPT:
+        raise ValueError(
+            f"weights={weights} under {resolved.name} on {device.type}: weights are kept in the dtype of the "
+            "computation, or on a CPU in torch.bfloat16 under fp32"
+        )
+    target = Target(resolved.dtype, resolved.dtype if weights is None else weights)
     if isinstance(model, MAETok):
-        return PreparedTokenizer(rebuild(model, resolved.dtype), resolved)
-    return PreparedGenerator(rebuild(model, resolved.dtype), resolved)
+        return PreparedTokenizer(rebuild(model, target), resolved)
+    return PreparedGenerator(rebuild(model, target), resolved)
 
 
 class _Prepared(Generic[M]):
@@ -73,7 +94,13 @@ class _Prepared(Generic[M]):
         return x.to(self.dtype)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.config}, {self.dtype})"
+        layers: Counter[str] = Counter(
+            f"{m.in_features} -> {m.out_features}{' gated' if m.gated else ''} {m.activation}: {m.backend}"
+            for m in self.model.modules()
+            if isinstance(m, PackedLinear)
+        )
+        text = f"{type(self).__name__}({self.config}, {self.dtype})"
+        return text + "".join(f"\n  {count:3} x {layer}" for layer, count in layers.items())
 
     def _refuse(self, what: str, instead: str) -> NoReturn:
         raise TypeError(f"a prepared model {what}; {instead}")

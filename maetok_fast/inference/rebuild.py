@@ -1,11 +1,15 @@
 # Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
-"""`rebuild(model, dtype)`: the models' own code over other leaves.
+"""`rebuild(model, target)`: the models' own code over other leaves.
 
-    every model   weights cast once to the compute dtype and, on the CPU, packed for oneDNN (kernels/linear.py);
-                  GELU / SiLU in the GEMM's epilogue or one native pass; RoPE tables kept per resolution
-    tokenizer     a branch's last Linear (proj, fc2) moves into the block's `ls1` / `ls2`, the leaves by which a branch
-                  joins the stream: LayerScale is folded into its weight and the residual added in its epilogue;
-                  MoVQ's modulation is one Linear per part, whose results are contiguous and nothing is copied
+    every model   weights cast once to the compute dtype (or kept in another) and, on the CPU, packed
+                  (kernels/packed_linear.py); RoPE tables kept per resolution
+    every block   is four products and one attention, and nothing between them touches memory:
+                    norm1, norm2   stay uncomputed (`Normed`) until the product behind them packs its rows
+                    proj, fc2      move into the leaves by which a branch joins the stream (`ls1` and `ls2`, or
+                                   `norm2.after` and `residual`), whose sum is their epilogue; LayerScale is folded into
+                                   their weight
+                    GELU, SwiGLU   are the epilogue of fc1, w12
+    MoVQ          its modulation is one Linear per part, whose results are contiguous and nothing is copied
 
 `_RULES` maps a type to what replaces it; a module without a rule is cloned and its children are rebuilt.
 """
@@ -14,99 +18,135 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from maetok_fast.kernels.linear import PackedLinear
-from maetok_fast.layers import LayerNorm, Mlp, Modulation, Residual, SwiGLU, TimestepEmbedder
-from maetok_fast.models.sit import DiffusionTransformer
+from maetok_fast.kernels.packed_linear import Normed, PackedLinear
+from maetok_fast.layers import GatedResidual, LayerNorm, Mlp, Modulation, Residual, RMSNorm, SwiGLU, TimestepEmbedder
+from maetok_fast.models.lightningdit import LightningDiTBlock
+from maetok_fast.models.sit import DiffusionTransformer, SiTBlock
 from maetok_fast.models.tokenizer import Decoder, Encoder
 from maetok_fast.models.vit import Block
 
-__all__ = ["rebuild"]
+__all__ = ["Target", "rebuild"]
 
 # Layers narrower than this gain nothing from packing (quant_conv, the latents' modulations) and stay nn.Linear.
 PACK_WIDTH = 64
 
+
+@dataclass(frozen=True)
+class Target:
+    """dtype: of activations and arithmetic. weights: in which packed weights are kept."""
+
+    dtype: torch.dtype
+    weights: torch.dtype
+
+
 N = TypeVar("N", bound=nn.Module)
-_Rule = Callable[[Any, torch.dtype], Any]
+_Rule = Callable[[Any, Target], Any]
 
 
 @torch.no_grad()
-def rebuild(model: N, dtype: torch.dtype) -> N:
+def rebuild(model: N, target: Target) -> N:
     """A second model of the same class and code over prepared leaves, in eval mode. The first is left as it is."""
-    rebuilt: N = _rebuild(model, dtype).eval()
+    rebuilt: N = _rebuild(model, target).eval()
     return rebuilt
 
 
-def _rebuild(module: nn.Module, dtype: torch.dtype) -> Any:
+def _rebuild(module: nn.Module, target: Target) -> Any:
     for kind, rule in _RULES.items():
         if isinstance(module, kind):
-            return rule(module, dtype)
-    return _clone(module, dtype)
+            return rule(module, target)
+    return _clone(module, target)
 
 
-def _clone(module: Any, dtype: torch.dtype, child_rule: _Rule = _rebuild) -> Any:
+def _clone(module: Any, target: Target, child_rule: _Rule = _rebuild) -> Any:
     """A second module of the same class and settings: parameters copied, frozen and cast, children rebuilt."""
     clone = module.__class__.__new__(module.__class__)
     clone.__dict__.update({k: v.copy() if isinstance(v, dict) else v for k, v in module.__dict__.items()})
     for name, p in module._parameters.items():
         # RoPE frequencies are multiplied by positions up to 31: their angles need fp32
-        wanted = torch.float32 if name == "freqs" else dtype
+        wanted = torch.float32 if name == "freqs" else target.dtype
         clone._parameters[name] = (
             None if p is None else nn.Parameter(p.detach().to(wanted, copy=True), requires_grad=False)
         )
     for name, child in module._modules.items():
-        clone._modules[name] = None if child is None else child_rule(child, dtype)
+        clone._modules[name] = None if child is None else child_rule(child, target)
     return clone
 
 
-def _plain(module: nn.Module, dtype: torch.dtype) -> Any:
+def _plain(module: nn.Module, target: Target) -> Any:
     """Cast, with nothing packed below."""
-    return _clone(module, dtype, _plain)
+    return _clone(module, target, _plain)
 
 
-def _linear(module: nn.Linear, dtype: torch.dtype) -> Any:
-    if min(module.weight.shape) < PACK_WIDTH:
-        return _plain(module, dtype)
-    return PackedLinear.of(module, dtype=dtype)
+def _packed(
+    linear: nn.Linear, target: Target, activation: str = "none", *, gated: bool = False, use: str = ""
+) -> PackedLinear:
+    return PackedLinear.of(linear, activation, gated=gated, dtype=target.dtype, weights=target.weights, use=use)
+
+
+def _linear(module: nn.Linear, target: Target) -> Any:
+    return _plain(module, target) if min(module.weight.shape) < PACK_WIDTH else _packed(module, target)
 
 
 class _PackedMlp(nn.Module):
-    """act in fc1's epilogue. Without fc2 where the block's `ls2` has taken it over."""
+    """Linear -> GELU or SwiGLU as one product: the block's join has taken over the second Linear."""
 
-    def __init__(self, mlp: Mlp, dtype: torch.dtype, with_fc2: bool = True) -> None:
+    def __init__(self, mlp: Mlp | SwiGLU, target: Target) -> None:
         super().__init__()
-        self.fc1 = PackedLinear.of(mlp.fc1, "gelu_tanh" if mlp.approximate == "tanh" else "gelu", dtype=dtype)
-        self.fc2 = PackedLinear.of(mlp.fc2, dtype=dtype) if with_fc2 else nn.Identity()
+        if isinstance(mlp, SwiGLU):
+            self.first = _packed(mlp.w12, target, "silu", gated=True, use="normed")
+        else:
+            self.first = _packed(mlp.fc1, target, "gelu_tanh" if mlp.approximate == "tanh" else "gelu", use="normed")
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.fc1(x))
+    def forward(self, x: Tensor | Normed) -> Tensor:
+        return self.first(x)
 
 
-class _PackedSwiGLU(nn.Module):
-    """w12 as two layers, so that silu(a) * b is the second one's epilogue."""
+class _LateNorm(nn.Module):
+    """A norm that the product behind it computes. With `linear`, a branch's last: `after(x, branch, gate, ...)` joins
+    linear(branch) to the stream first."""
 
-    def __init__(self, mlp: SwiGLU, dtype: torch.dtype) -> None:
+    def __init__(self, norm: LayerNorm | RMSNorm, target: Target, linear: PackedLinear | None = None) -> None:
         super().__init__()
-        (wa, wb), (ba, bb) = mlp.w12.weight.chunk(2), mlp.w12.bias.chunk(2)
-        self.a = PackedLinear(wa, ba, "silu", dtype=dtype)
-        self.b = PackedLinear(wb, bb, dtype=dtype)
-        self.w3 = PackedLinear.of(mlp.w3, dtype=dtype)
+        self.norm, self.linear = _plain(norm, target), linear
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.w3(self.b(x, mul=self.a(x)))
+    def forward(
+        self, x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None, offset: float = 1.0
+    ) -> Normed:
+        norm = self.norm
+        return Normed(x, shift, scale, norm.weight, norm.bias, norm.eps, offset, norm.kind)
+
+    def after(
+        self, x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor | None, scale: Tensor | None, offset: float = 1.0
+    ) -> tuple[Tensor, Normed]:
+        assert self.linear is not None
+        x = self.linear(branch, add=x, gate=gate)
+        return x, self(x, shift, scale, offset)
+
+
+class _LateGatedResidual(nn.Module):
+    """A `GatedResidual` that holds the branch's last Linear."""
+
+    def __init__(self, linear: PackedLinear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+        return self.linear(branch, add=x, gate=gate)
 
 
 class _LinearResidual(nn.Module):
-    """A `Residual` that holds the branch's last Linear: x + gamma * linear(branch) in one GEMM."""
+    """A `Residual` that holds the branch's last Linear: x + gamma * linear(branch) in one product."""
 
-    def __init__(self, linear: nn.Linear, gamma: Tensor | None, dtype: torch.dtype) -> None:
+    def __init__(self, linear: nn.Linear, gamma: Tensor | None, target: Target) -> None:
         super().__init__()
-        self.linear = _scaled(linear, gamma, dtype)
+        self.linear = _scaled(linear, gamma, target)
 
     def forward(self, x: Tensor, branch: Tensor) -> Tensor:
         return self.linear(branch, add=x)
@@ -115,36 +155,37 @@ class _LinearResidual(nn.Module):
         self,
         x: Tensor,
         branch: Tensor,
-        norm: LayerNorm,
+        norm: _LateNorm,
         shift: Tensor | None = None,
         scale: Tensor | None = None,
         offset: float = 1.0,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Normed]:
         x = self(x, branch)
         return x, norm(x, shift, scale, offset)
 
 
-def _scaled(linear: nn.Linear, gamma: Tensor | None, dtype: torch.dtype) -> PackedLinear:
+def _scaled(linear: nn.Linear, gamma: Tensor | None, target: Target) -> PackedLinear:
     """gamma * linear(x) as one layer; the product is rounded once."""
     if gamma is None:
-        return PackedLinear.of(linear, dtype=dtype)
+        return _packed(linear, target, use="joined")
     wide = torch.promote_types(torch.float32, linear.weight.dtype)
     gamma = gamma.to(wide)
     bias = None if linear.bias is None else linear.bias.to(wide) * gamma
-    return PackedLinear(linear.weight.to(wide) * gamma[:, None], bias, dtype=dtype)
+    weight = linear.weight.to(wide) * gamma[:, None]
+    return PackedLinear(weight, bias, dtype=target.dtype, weights=target.weights, use="joined")
 
 
 class _SplitModulation(nn.Module):
     """A `Modulation` as one Linear per part of its output: each comes out contiguous instead of being copied."""
 
-    def __init__(self, modulation: Modulation, count: int, dtype: torch.dtype) -> None:
+    def __init__(self, modulation: Modulation, count: int, target: Target) -> None:
         super().__init__()
         linear = modulation.linear
         self.linears = nn.ModuleList()
         for weight, bias in zip(linear.weight.chunk(count), linear.bias.chunk(count), strict=True):
             part = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
-            part.weight = nn.Parameter(weight.detach().to(dtype, copy=True), requires_grad=False)
-            part.bias = nn.Parameter(bias.detach().to(dtype, copy=True), requires_grad=False)
+            part.weight = nn.Parameter(weight.detach().to(target.dtype, copy=True), requires_grad=False)
+            part.bias = nn.Parameter(bias.detach().to(target.dtype, copy=True), requires_grad=False)
             self.linears.append(part)
 
     def parts(self, x: Tensor, count: int, wanted: int) -> tuple[Tensor, ...]:
@@ -153,28 +194,37 @@ class _SplitModulation(nn.Module):
         return tuple(linear(x) for linear in self.linears[:wanted])
 
 
-def _block(block: Block, dtype: torch.dtype) -> Any:
-    """proj and fc2 move into ls1 and ls2."""
+def _block(block: Block | SiTBlock | LightningDiTBlock, target: Target) -> Any:
+    """proj and fc2 (w3) move into the leaves that join their branches, and the norms into the products behind them."""
+    last = block.mlp.w3 if isinstance(block.mlp, SwiGLU) else block.mlp.fc2
 
-    def leaf(child: nn.Module, dtype: torch.dtype) -> Any:
+    def leaf(child: nn.Module, target: Target) -> Any:
         if child is block.attn:
-            return _clone(child, dtype, leaf)
+            return _clone(child, target, leaf)
+        if child is block.attn.qkv:
+            return _packed(child, target, use="normed")
         if child is block.attn.proj:
             return nn.Identity()
         if child is block.mlp:
-            return _PackedMlp(block.mlp, dtype, with_fc2=False)
+            return _PackedMlp(block.mlp, target)
+        if child is block.norm2 and not isinstance(block, Block):
+            return _LateNorm(block.norm2, target, _packed(block.attn.proj, target, use="joined"))
+        if child is block.norm1 or child is block.norm2:
+            return _LateNorm(child, target)
+        if isinstance(child, GatedResidual):
+            return _LateGatedResidual(_packed(last, target, use="joined"))
         if isinstance(child, Residual):
-            return _LinearResidual(block.attn.proj if child is block.ls1 else block.mlp.fc2, child.gamma, dtype)
-        if isinstance(child, Modulation):
-            return _SplitModulation(child, 4, dtype)
-        return _rebuild(child, dtype)
+            return _LinearResidual(block.attn.proj if child is block.ls1 else last, child.gamma, target)
+        if isinstance(child, Modulation) and isinstance(block, Block):
+            return _SplitModulation(child, 4, target)
+        return _rebuild(child, target)
 
-    return _clone(block, dtype, leaf)
+    return _clone(block, target, leaf)
 
 
-def _with_constant_rope(module: nn.Module, dtype: torch.dtype) -> Any:
+def _with_constant_rope(module: nn.Module, target: Target) -> Any:
     """Tables are constants of the weights and the resolution: keep those of the last few resolutions."""
-    clone = _clone(module, dtype)
+    clone = _clone(module, target)
     clone.rope = functools.lru_cache(maxsize=4)(clone.rope)
     return clone
 
@@ -182,9 +232,9 @@ def _with_constant_rope(module: nn.Module, dtype: torch.dtype) -> Any:
 _RULES: dict[type, _Rule] = {
     nn.Linear: _linear,
     TimestepEmbedder: _plain,
-    Mlp: _PackedMlp,
-    SwiGLU: _PackedSwiGLU,
     Block: _block,
+    SiTBlock: _block,
+    LightningDiTBlock: _block,
     Encoder: _with_constant_rope,
     Decoder: _with_constant_rope,
     DiffusionTransformer: _with_constant_rope,

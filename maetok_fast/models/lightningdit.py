@@ -19,9 +19,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from maetok_fast.kernels import gate_residual, rope_table
+from maetok_fast.kernels import rope_table
 from maetok_fast.layers import (
     Attention,
+    GatedResidual,
     LayerNorm,
     Mlp,
     Modulation,
@@ -53,6 +54,7 @@ class LightningDiTBlock(nn.Module):
         )
         self.norm2 = _norm(config)
         self.mlp = SwiGLU(config.dim, int(2 / 3 * hidden)) if config.swiglu else Mlp(config.dim, hidden, "tanh")
+        self.residual = GatedResidual()
         self.adaLN_modulation = Modulation(config.dim, (6 if config.shift else 4) * config.dim)
 
     def forward(
@@ -67,7 +69,7 @@ class LightningDiTBlock(nn.Module):
             shift_msa, shift_mlp = None, None
         branch = self.attn(self.norm1(x, shift_msa, scale_msa), rope)
         x, y = self.norm2.after(x, branch, gate_msa, shift_mlp, scale_mlp)
-        return gate_residual(x, gate_mlp, self.mlp(y))
+        return self.residual(x, self.mlp(y), gate_mlp)
 
 
 class RopeBuffers(nn.Module):

@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from maetok_fast.checks import check_dtype, check_labels, check_tensor, check_times
-from maetok_fast.kernels import gate_residual
 from maetok_fast.layers import (
     Attention,
+    GatedResidual,
     LabelEmbedder,
     LayerNorm,
     Mlp,
@@ -70,6 +70,7 @@ class SiTBlock(nn.Module):
         self.attn = Attention(config.dim, config.heads, "layer" if config.qk_norm else "none")
         self.norm2 = LayerNorm(config.dim, affine=False)
         self.mlp = Mlp(config.dim, int(config.dim * config.mlp_ratio), approximate="tanh")
+        self.residual = GatedResidual()
         self.adaLN_modulation = Modulation(config.dim, 6 * config.dim)
 
     def forward(
@@ -80,7 +81,7 @@ class SiTBlock(nn.Module):
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
         branch = self.attn(self.norm1(x, shift_msa, scale_msa), rope)
         x, y = self.norm2.after(x, branch, gate_msa, shift_mlp, scale_mlp)
-        return gate_residual(x, gate_mlp, self.mlp(y))
+        return self.residual(x, self.mlp(y), gate_mlp)
 
 
 class FinalLayer(nn.Module):

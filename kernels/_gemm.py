@@ -1,0 +1,125 @@
+# Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
+"""The packed GEMM of csrc/cpu/gemm.cpp from Python: weights into panels, and products with everything fused.
+
+    formats of panels      products                       weights take    where
+    "fp32"                 fp32 multiply-adds             4 bytes         every processor
+    "bf16"                 fp32 multiply-adds             2 bytes         every processor
+    "pairs"                of two bf16, or on AMX tiles   2 bytes         AVX512_BF16, AMX
+
+x may be fp32, bf16 or fp16 in each of them ("pairs" rounds it to bf16), sums are fp32, and y is rounded once. Panels
+fit the instruction set that packed them and no other.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _native
+
+__all__ = ["ACTS", "FORMATS", "NO_NORM", "Join", "Panels", "multiply", "why_not_packed"]
+
+FORMATS = ("fp32", "bf16", "pairs")
+ACTS = {"none": -1, "gelu_tanh": 0, "silu": 1, "gelu": 2, "relu": 3}
+_PAIRS = 16  # dwords: panels of pairs are whole tiles of AMX
+NO_NORM = (0, None, None, None, None, 0.0, 0.0)
+
+
+class Join:
+    """What becomes of v = act(x w^T + bias). gate: other + gate * v; slope: v * act'(other) instead of act(v)."""
+
+    none, add, mul, gate, slope = range(5)
+
+
+def why_not_packed(form: str, device: torch.device) -> str | None:
+    """Why weights cannot be packed in this format for products on this device, or None."""
+    if device.type != "cpu":
+        return f"weights are packed on the CPU only, not on {device.type}"
+    missing = _native.why_missing()
+    if missing is not None:
+        return missing
+    if form == "pairs" and _native.lib().cpu_variant() not in ("avx512bf16", "amx"):
+        return f"pairs of bf16 need AVX512_BF16 or AMX, the instruction set in use is {_native.lib().cpu_variant()}"
+    return None
+
+
+class Panels(NamedTuple):
+    """A weight in panels, with all that a product has to know of it.
+
+    data: (panels, in, columns) fp32 or bf16, or (panels, in / 2, columns, 2) bf16, or None: then `weight` (out, in) is
+    packed in the cache, block by block, for each product. bias: fp32, as the columns lie. pairs: of bf16.
+    gated: rows [a | b]; the product is then act(a) * b of half as many features.
+    """
+
+    data: Tensor | None
+    bias: Tensor | None
+    out_features: int
+    gated: bool = False
+    weight: Tensor | None = None
+    pairs: bool = False
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None, form: str, gated: bool = False) -> Panels:
+        """weight (out, in), any strides with one of them 1, fp32, bf16 or fp16; bias (out,) or None."""
+        library = _native.lib()
+        outer, inner = weight.shape
+        columns = library.gemm_columns()
+        count = -(-outer // columns)
+        if gated:
+            count = -(-(outer // 2) // (columns // 2))
+        if form == "pairs":
+            shape: tuple[int, ...] = (count, -(-inner // (2 * _PAIRS)) * _PAIRS, columns, 2)
+        else:
+            shape = (count, inner, columns)
+        data = torch.empty(shape, dtype=torch.float32 if form == "fp32" else torch.bfloat16)
+        library.gemm_pack(weight, data, gated)
+        return cls(data, None if bias is None else _bias_columns(bias, columns, count, gated), outer, gated)
+
+    @classmethod
+    def once(cls, weight: Tensor, bias: Tensor | None, pairs: bool) -> Panels:
+        """For a weight that is used once: weight and bias as for `of`."""
+        columns = _native.lib().gemm_columns()
+        outer = len(weight)
+        lined = None if bias is None else _bias_columns(bias, columns, -(-outer // columns), False)
+        return cls(None, lined, outer, False, weight, pairs)
+
+
+def _bias_columns(bias: Tensor, columns: int, count: int, gated: bool) -> Tensor:
+    bias = bias.float()
+    if not gated:
+        return torch.nn.functional.pad(bias, (0, count * columns - len(bias)))
+    half, width = len(bias) // 2, count * columns // 2
+    halves = torch.nn.functional.pad(bias.view(2, half), (0, width - half))
+    return halves.view(2, count, columns // 2).transpose(0, 1).flatten()
+
+
+def multiply(
+    x: Tensor,
+    panels: Panels,
+    y: Tensor | None = None,
+    *,
+    out_dtype: torch.dtype | None = None,
+    act: str = "none",
+    join: int = Join.none,
+    other: Tensor | None = None,
+    gate: Tensor | None = None,
+    before: Tensor | None = None,
+    norm: tuple[Any, ...] = NO_NORM,
+) -> Tensor:
+    """y (..., out) = join(act(norm(x) w^T + bias), other, gate).
+
+    x (..., in), contiguous rows, or (M, in) with contiguous columns. y: where to, else a new tensor of `out_dtype`.
+    other: like y, its rows contiguous. gate: (out,), or (B, out) with x (B, N, in).
+    before: filled with norm(x) w^T + bias. norm: (1 LayerNorm or 2 RMSNorm, weight, bias, shift, scale, eps, offset).
+    """
+    width = panels.out_features // 2 if panels.gated else panels.out_features
+    if y is None:
+        y = torch.empty(*x.shape[:-1], width, dtype=x.dtype if out_dtype is None else out_dtype)
+    tokens = x.shape[-2] if x.ndim > 2 else 1
+    kind, *affine, eps, offset = norm
+    given = (panels.data, panels.weight, panels.pairs, panels.out_features, panels.bias)
+    joined = (ACTS[act], panels.gated, join, other, gate, before)
+    _native.lib().gemm(x, *given, y, *joined, kind, *affine, eps, offset, tokens)
+    return y

@@ -1,0 +1,117 @@
+# Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
+"""The kernels on AMX tiles where there are none: the same sources over emulated tiles, held to the same rule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import emulate
+import emulate_tiles
+import pytest
+import rule
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from maetok_fast.kernels import _gemm, _native, adaln
+
+pytestmark = pytest.mark.skipif(
+    _native.own_level() not in ("avx512bf16", "amx") or emulate.why_not() is not None,
+    reason="the emulation needs a C++ compiler and AVX512_BF16",
+)
+
+
+@pytest.fixture(scope="module")
+def library() -> Any:
+    import tvm_ffi
+
+    return tvm_ffi.load_module(str(emulate_tiles.build()))
+
+
+@pytest.fixture(autouse=True)
+def emulated(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert library.cpu_variant() == "amx"
+    monkeypatch.setattr(_native, "lib", lambda: library)
+
+
+def assert_rule(got: Tensor, plain: Tensor, exact: Tensor, *inputs: Tensor) -> None:
+    rule.assert_rule({"y": got}, {"y": plain}, {"y": exact}, inputs)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "inner", "outer"), [(1, 1, 2), (5, 33, 30), (16, 32, 32), (33, 70, 66), (70, 2400, 40)]
+)
+def test_a_product_with_all_that_joins_it(rows: int, inner: int, outer: int, gated: bool) -> None:
+    x, w = torch.randn(rows, inner).bfloat16(), (torch.randn(outer, inner) / inner**0.5).bfloat16()
+    bias, width = torch.randn(outer), outer // 2 if gated else outer
+    other = torch.randn(rows, width).bfloat16()
+    gate = torch.randn(width).bfloat16()
+    panels = _gemm.Panels.of(w, bias, "pairs", gated)
+    assert panels.data.shape[1] % 16 == 0
+
+    def want(dtype: torch.dtype) -> Tensor:
+        u = F.linear(x.to(dtype), w.to(dtype), bias.to(dtype))
+        v = F.silu(u[:, :width]) * u[:, width:] if gated else F.gelu(u, approximate="tanh")
+        return other.to(dtype) + gate.to(dtype) * v
+
+    got = _gemm.multiply(x, panels, act="silu" if gated else "gelu_tanh", join=_gemm.Join.gate, other=other, gate=gate)
+    assert_rule(got, want(torch.bfloat16), want(torch.float64), x, w)
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_norm_on_the_way_in(norm: str) -> None:
+    x, w = (torch.randn(2, 19, 70) + 1).bfloat16(), torch.randn(40, 70).bfloat16()
+    shift, scale = torch.randn(2, 2 * 70).bfloat16().chunk(2, dim=1)
+
+    def want(dtype: torch.dtype) -> Tensor:
+        normed = adaln.ref(x.to(dtype), shift.to(dtype), scale.to(dtype), None, None, 1e-6, 1.0, "", norm)
+        return F.linear(normed, w.to(dtype))
+
+    kind = 1 if norm == "layer" else 2
+    got = _gemm.multiply(x, _gemm.Panels.of(w, None, "pairs"), norm=(kind, None, None, shift, scale, 1e-6, 1.0))
+    assert_rule(got, want(torch.bfloat16), want(torch.float64), x, w)
+
+
+@pytest.mark.parametrize(("rows", "inner", "outer"), [(45, 77, 70), (1, 1, 1), (16, 1200, 5)])
+def test_transposed_operands(rows: int, inner: int, outer: int) -> None:
+    x, w = torch.randn(rows, inner).bfloat16(), torch.randn(outer, inner).bfloat16()
+    want = _gemm.multiply(x, _gemm.Panels.of(w, None, "pairs"))
+    got = _gemm.multiply(x.t().contiguous().t(), _gemm.Panels.of(w.t().contiguous().t(), None, "pairs"))
+    assert torch.equal(got, want)
+
+
+def test_results_do_not_depend_on_threads() -> None:
+    panels, x = _gemm.Panels.of(torch.randn(70, 2400), None, "pairs"), torch.randn(45, 2400).bfloat16()
+    want, threads = _gemm.multiply(x, panels), torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(_gemm.multiply(x, panels), want)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_attention(library: Any) -> None:
+    """The forward and the backward of csrc/cpu/attention*.cpp, whose own tests need a processor with tiles."""
+    q, k, v, grad = (torch.randn(2, 50, 3, 24).bfloat16() for _ in range(4))
+    out, lse = torch.empty_like(q), torch.empty(2, 50, 3)
+    library.attention_bf16(q, k, v, out, lse)
+    gradients = [torch.empty_like(q) for _ in range(3)]
+    library.attention_bf16_bwd(q, k, v, out, grad, lse, *gradients)
+
+    def plain(dtype: torch.dtype) -> dict[str, Tensor]:
+        leaves = [t.to(dtype).requires_grad_() for t in (q, k, v)]
+        y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in leaves)).transpose(1, 2)
+        found = torch.autograd.grad(y, leaves, grad.to(dtype))
+        return {"out": y.detach(), **{f"d_{n}": g for n, g in zip("qkv", found)}}
+
+    got = {"out": out, **{f"d_{n}": g for n, g in zip("qkv", gradients)}}
+    rule.assert_rule(got, plain(torch.bfloat16), plain(torch.float64), (q, k, v))
+
+
+def test_the_peak_runs(library: Any) -> None:
+    one = 4 * 2 * 16 * 16 * 32
+    done = library.peak(1, 10)
+    assert done > 0
+    assert done % (10 * one) == 0
