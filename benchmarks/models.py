@@ -3,9 +3,11 @@
 
     python benchmarks/models.py sit --batch 1 4 16      SiT-XL/1, 128 tokens: one forward, and one step of a plan
     python benchmarks/models.py tokenizer --batch 4     MAETok-B: encode, decode
+    python benchmarks/models.py train --batch 4 16      SiT-XL/1 and MAETok-B: forward and backward of a training step
     python benchmarks/models.py linear                  packed linear layers at both models' shapes
 
-Every peer computes the same outputs from the same weights; medians, the peers in turn, the GEMM ceilings among them.
+Every peer computes the same outputs from the same weights; medians, the peers in turn, the ceilings among them: large
+products, and on a CPU the peak, multiply-adds of registers alone (csrc/cpu/peak.cpp).
 Tables come in the order asked for, each within its share of --budget: what does not fit is left out and named.
 `--json FILE` writes the numbers with the machine's description.
 """
@@ -16,7 +18,9 @@ import argparse
 import json
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +38,8 @@ from benchmarks.baselines.sit import SiT as PlainSiT
 from maetok_fast.bench.budget import Budget, Speed, calibrate
 from maetok_fast.bench.machine import DTYPES, copy_bandwidth, describe, headline, matmul
 from maetok_fast.bench.timing import interleave
+from maetok_fast.kernels import _native
+from maetok_fast.precision import resolve
 
 Cases = dict[str, Callable[[], Any]]
 Row = dict[str, Any]
@@ -41,6 +47,7 @@ GEMM_SIZES = (4096, 2048, 1024)
 COMPILE_SECONDS = 15.0  # of a whole model at best; what this machine needs is learnt
 PLAIN = "plain torch, eager"
 AHEAD = "  modulations of 8 steps ahead"
+PEAK = "peak, registers alone"
 NO_RATE = (AHEAD,)  # other work than the table's
 # model -> tokens per image, (layer, in, out)
 LINEAR_SHAPES = {
@@ -53,7 +60,7 @@ LINEAR_SHAPES = {
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = _cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("what", choices=["sit", "tokenizer", "linear"])
+    add("what", choices=["sit", "tokenizer", "train", "linear"])
     add("--batch", type=_cli.count, nargs="+", default=[4])
     add("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="default: the fastest at full rate here")
     add("--device", default="cpu")
@@ -80,10 +87,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     machine = describe(device) | {"copy_gb_s": copy_bandwidth(device)}
     print(f"{headline(machine)}; copy {machine['copy_gb_s']:.1f} GB/s; {args.dtype}")
     speed = calibrate(device, (args.dtype,))
-    made = {"sit": sit, "tokenizer": tokenizer, "linear": linear}[args.what](args, device)
-    count = {"sit": len(args.batch), "tokenizer": 3 * len(args.batch)}.get(args.what, 5 + 12 * len(args.batch))
+    made = {"sit": sit, "tokenizer": tokenizer, "train": train, "linear": linear}[args.what](args, device)
+    tables = {"sit": len(args.batch), "tokenizer": 3 * len(args.batch), "train": 2 * len(args.batch)}
+    count = tables.get(args.what, 5 + 12 * len(args.batch))
     rows: list[Row] = []
-    with torch.no_grad():
+    with torch.set_grad_enabled(args.what == "train"):
         for i, (title, gmacs, cases) in enumerate(made):
             budget.end = budget.clock() + (budget.start + budget.total - budget.clock()) / max(1, count - i)
             rows += measure(title, gmacs, cases, args, device, budget, speed)
@@ -108,6 +116,9 @@ def measure(
     flops = speed.flops[args.dtype]
     size = budget.largest(GEMM_SIZES, lambda n: 2.0 * n**3 / flops, 0.01)
     limits = gemms(device, args.dtype, size)
+    peak_operations = 0.0
+    if device.type == "cpu" and _native.why_missing() is None:
+        limits[PEAK], peak_operations = peak(args.dtype, 0.02)
     cases = limits | important_first(cases)
     for name in cases:
         compiling = name.startswith("torch.compile")
@@ -123,20 +134,20 @@ def measure(
     timings = interleave(
         {name: cases[name] for name in warm}, device, until=budget.end, rounds=args.rounds, once=math.inf
     )
-    gemm_tflop = 2 * size**3 / 1e12
-    ceiling = max(gemm_tflop / timings[name].seconds for name in limits)
+    ceiling_tflop = dict.fromkeys(limits, 2 * size**3 / 1000000000000.0) | {PEAK: peak_operations / 1e12}
+    ceiling = max(ceiling_tflop[name] / timings[name].seconds for name in limits if name != PEAK)
     print(f"\n{title}   ({gmacs:.1f} GMAC)")
     first = timings.get(PLAIN)
     rows: list[Row] = []
     for name in (*(name for name in timings if name not in limits), *limits):
         timing = timings[name]
-        work = gemm_tflop if name in limits else 2e-3 * gmacs if name not in NO_RATE else float("nan")
+        work = ceiling_tflop[name] if name in limits else 2e-3 * gmacs if name not in NO_RATE else float("nan")
         rate = work / timing.seconds
         row = {"table": title, "case": name, "seconds": timing.seconds, "samples": timing.samples}
         row |= {"of_first": timing.seconds / first.seconds if first else None}
         row |= {"tflops": rate, "of_ceiling": rate / ceiling}
         rows.append(row)
-        label = f"{size}^3 {name}" if name in limits else name
+        label = f"{size}^3 {name}" if name in limits and name != PEAK else name
         relative = f"{row['of_first']:5.2f} x" if first else "      -"
         line = f"  {label:34s} {timing.seconds * 1e3:9.2f} ms   {relative}   n={timing.samples}"
         if name not in NO_RATE:
@@ -147,14 +158,26 @@ def measure(
 
 def gemms(device: torch.device, dtype: str, size: int) -> Cases:
     """The ceilings: a size^3 product, plain and, where weights are packed, packed."""
-    from maetok_fast.kernels.linear import PackedLinear, why_not_packed
+    from maetok_fast.kernels.packed_linear import PackedLinear, why_not
 
     cases: Cases = {"matmul": matmul(device, dtype, size)[0]}
-    if why_not_packed(DTYPES[dtype], device) is None:
-        packed = PackedLinear(torch.randn(size, size), dtype=DTYPES[dtype])
+    if why_not("onednn", DTYPES[dtype], DTYPES[dtype], device) is None:
+        packed = PackedLinear(torch.randn(size, size), dtype=DTYPES[dtype], backend="onednn")
         x = torch.randn(size, size, dtype=DTYPES[dtype])
-        cases["matmul, packed"] = lambda: packed(x)
+        cases["matmul, packed by oneDNN"] = lambda: packed(x)
     return cases
+
+
+def peak(dtype: str, seconds: float) -> tuple[Callable[[], Any], float]:
+    """Multiply-adds of registers on every thread for about so long, and how many operations that is."""
+    library, kind, steps = _native.lib(), int(dtype == "bf16"), 10_000
+    taken = 0.0
+    while taken < seconds:
+        steps *= 2
+        started = time.perf_counter()
+        operations = library.peak(kind, steps)
+        taken = time.perf_counter() - started
+    return partial(library.peak, kind, steps), operations
 
 
 def compiled(fn: Callable[..., Any], freezing: bool) -> Callable[..., Any]:
@@ -186,6 +209,7 @@ def peers(plain: Callable[..., Any], inputs: tuple[Any, ...], compile_: bool) ->
     return cases
 
 
+@torch.no_grad()
 def randomised(model: nn.Module) -> nn.Module:
     """Zero-initialised gates would hide branches from a check of the outputs."""
     for p in model.parameters():
@@ -266,17 +290,86 @@ def tokenizer(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[
                 yield f"MAETok-B, {args.size} px, {name}, batch {batch}, {args.dtype}", batch * macs / 1e9, cases
 
 
-def linear(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, float, Cases]]:
-    from maetok_fast.kernels.linear import PackedLinear
+def train(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, float, Cases]]:
+    """Forward and backward under the precision's autocast over fp32 weights; three products for each of a forward."""
+    from maetok_fast.models import MAETok, MAETokConfig, SiT, SiTConfig
 
+    precision = resolve(args.dtype, device)
+    config = SiTConfig(**({} if args.depth is None else {"depth": args.depth}))
+    ours = randomised(SiT(config)).train().to(device)
+    plain = PlainSiT((128, 32), depth=config.depth, attention="sdpa").train().to(device)
+    load_needed(plain, ours.state_dict())
+    tokens, dim = 128, config.dim
+    block = tokens * 12 * dim * dim + 2 * tokens * tokens * dim
+    for batch in args.batch:
+        x = torch.randn(batch, tokens, 32, device=device)
+        t, y = torch.full((batch,), 0.5, device=device), torch.randint(0, 1000, (batch,), device=device)
+        gmacs = 3 * batch * (config.depth * (block + 6 * dim * dim)) / 1e9
+        cases = training_cases(plain, ours, (x, t, y), precision, not args.no_compile)
+        yield f"SiT-XL/1 training, 128 tokens, depth {config.depth}, batch {batch}, {args.dtype}", gmacs, cases
+    del ours, plain
+    size, dim = args.size, 768
+    tokenizer = randomised(MAETok(MAETokConfig(image_size=size))).train().to(device)
+    plain_tokenizer = PlainMAETok(size, movq=True).train().to(device)
+    load_needed(plain_tokenizer, tokenizer.state_dict())
+    patches = (size // 16) ** 2
+    for batch in args.batch:
+        images = torch.rand(batch, 3, size, size, device=device) * 2 - 1
+        macs = sum(12 * (n * 12 * dim * dim + 2 * n * n * dim) for n in (patches + 129, patches + 128))
+        cases = training_cases(_Whole(plain_tokenizer), tokenizer, (images,), precision, not args.no_compile)
+        yield f"MAETok-B training, {size} px, batch {batch}, {args.dtype}", 3 * batch * macs / 1e9, cases
+
+
+class _Whole(nn.Module):
+    """decode(encode(images)) of a tokenizer without a forward."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.tokenizer.decode(self.tokenizer.encode(images))
+
+
+def training_cases(plain: nn.Module, ours: nn.Module, inputs: tuple[Any, ...], precision: Any, compile_: bool) -> Cases:
+    device = inputs[0].device.type
+
+    def step(forward: Callable[..., Tensor]) -> Callable[..., Any]:
+        def run(*inputs: Any) -> None:
+            with precision.autocast(device):
+                forward(*inputs).square().mean().backward()
+
+        return run
+
+    def clear(run: Callable[[], Any], model: nn.Module) -> Callable[[], Any]:
+        def call() -> None:
+            run()
+            model.zero_grad(set_to_none=True)
+
+        return call
+
+    cases: Cases = {PLAIN: clear(lambda: step(plain)(*inputs), plain)}
+    cases["ours, as a module"] = clear(lambda: step(ours)(*inputs), ours)
+    if compile_:
+        torch._dynamo.reset()
+        compiled_step = step(torch.compile(plain, dynamic=False))
+        cases["torch.compile"] = clear(lambda: compiled_step(*inputs), plain)
+    return cases
+
+
+def linear(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, float, Cases]]:
     dtype = DTYPES[args.dtype]
     for model, (tokens, shapes) in LINEAR_SHAPES.items():
         act = "gelu_tanh" if model == "sit-xl" else "gelu"
         for batch in args.batch:
             for name, inner, outer in shapes:
-                yield linear_cases(args, batch * tokens, inner, outer, name, act, dtype, device, PackedLinear)
+                yield linear_cases(args, batch * tokens, inner, outer, name, act, dtype, device)
     for rows in (1, 4, 16, 64, 512):
-        yield linear_cases(args, rows, 1152, 6912, "adaLN", "none", dtype, device, PackedLinear)
+        yield linear_cases(args, rows, 1152, 6912, "adaLN", "none", dtype, device)
+
+
+def each(layers: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> list[Tensor]:
+    return [layer(x) for layer in layers]
 
 
 def linear_cases(
@@ -288,8 +381,9 @@ def linear_cases(
     act: str,
     dtype: Any,
     device: Any,
-    packed: Any,
 ) -> tuple[str, float, Cases]:
+    from maetok_fast.kernels.packed_linear import BACKENDS, PackedLinear, why_not
+
     # Several weights in turn: a model never finds one layer's weights in the cache of the layer before.
     layers = [nn.Linear(inner, outer, device=device, dtype=dtype) for _ in range(4)]
     x = torch.randn(rows, inner, device=device, dtype=dtype)
@@ -303,9 +397,11 @@ def linear_cases(
     def all_plain(x: Tensor) -> list[Tensor]:
         return [plain(x, i) for i in range(4)]
 
-    fast = [packed.of(layer, act) for layer in layers]
     cases = peers(all_plain, (x,), not args.no_compile)
-    cases["ours, packed"] = lambda: [f(x) for f in fast]
+    for way in BACKENDS[:-1]:
+        if why_not(way, dtype, dtype, device) is None:
+            fast = [PackedLinear.of(layer, act, backend=way) for layer in layers]
+            cases[f"packed, {way}" if way == "onednn" else f"ours, packed, {way}"] = partial(each, fast, x)
     suffix = f" + {act}" if act != "none" else ""
     return f"4 x {name}{suffix}: ({rows}, {inner}) -> {outer}, {args.dtype}", 4 * rows * inner * outer / 1e9, cases
 
