@@ -198,7 +198,7 @@ class PackedLinear(nn.Module):
 
     def _fastest(self, weight: Tensor, bias: Tensor | None, use: str) -> str:
         """The winner of a race over `RACE_ROWS` rows, or the first that can."""
-        able = candidates(self.dtype, self.weights, weight.device)
+        able = candidates(self.dtype, self.weights, weight.device) if weight.numel() else ["dense"]
         if not able:
             raise ValueError(
                 f"no backend multiplies {self.dtype} by weights kept in {self.weights} on {weight.device}: "

@@ -163,6 +163,15 @@ def test_a_result_depends_on_its_row_alone(form: str) -> None:
 
 
 @pytest.mark.skipif(_native.why_missing() is not None, reason="native library missing")
+def test_more_scratch_than_is_kept() -> None:
+    """x of 70 MB, whose packed form is given back, between products whose scratch is kept."""
+    panels, x = _gemm.Panels.of(torch.randn(9, 1024), None, "fp32"), torch.randn(17_500, 1024)
+    few = _gemm.multiply(x[:40], panels)
+    assert torch.equal(_gemm.multiply(x, panels)[:40], few)
+    assert torch.equal(_gemm.multiply(x[:40], panels), few)
+
+
+@pytest.mark.skipif(_native.why_missing() is not None, reason="native library missing")
 @pytest.mark.parametrize("form", _gemm.FORMATS)
 def test_transposed_operands(form: str) -> None:
     """What a backward multiplies: x and w with contiguous columns, packed to the same bits as from rows."""
@@ -223,6 +232,7 @@ def test_errors_and_why() -> None:
         )
         assert "float64" in str(why_not(backend, torch.float64, torch.float64, CPU))
     assert "dense" in repr(PackedLinear(torch.zeros(4, 4), dtype=torch.float64))
+    assert PackedLinear(torch.zeros(4, 0), torch.ones(4))(torch.zeros(2, 0)).tolist() == [[1.0] * 4] * 2
     assert candidates(torch.float64, torch.float64, CPU) == ["dense"]
 
 
@@ -231,6 +241,8 @@ def test_the_library_refuses_what_does_not_fit() -> None:
     x, panels = torch.zeros(6, 8), _gemm.Panels.of(torch.zeros(4, 8), None, "fp32")
     with pytest.raises(TypeError, match="expected x of"):
         PackedLinear(torch.zeros(4, 8), backend="native fp32")(x.bfloat16())
+    with pytest.raises(ValueError, match="x must have columns"):
+        _gemm.multiply(torch.zeros(6, 0), _gemm.Panels.of(torch.zeros(4, 0), None, "fp32"))
     with pytest.raises(ValueError, match="panels must have shape"):
         _gemm.multiply(torch.zeros(6, 9), panels)
     with pytest.raises(ValueError, match="other must have"):

@@ -14,26 +14,40 @@ MF_DECLARE(gemm_pack, GemmPackArgs)
 namespace mf {
 namespace {
 
-// This thread's scratch, kept from call to call: fresh memory costs a page fault for every 4 KB.
-char* kept_scratch(int64_t bytes) {
-  constexpr int64_t kPage = 2 << 20;
-  thread_local struct Kept {
-    char* memory = nullptr;
-    int64_t bytes = 0;
-    ~Kept() { std::free(memory); }
-  } kept;
-  if (bytes > kept.bytes) {
-    std::free(kept.memory);
-    const int64_t size = (bytes + kPage - 1) / kPage * kPage;
-    kept.memory = static_cast<char*>(std::aligned_alloc(kPage, static_cast<size_t>(size)));
-    kept.bytes = kept.memory == nullptr ? 0 : size;
-    if (kept.memory == nullptr) TVM_FFI_THROW(MemoryError) << "out of memory for " << bytes << " bytes of scratch";
-#ifdef MADV_HUGEPAGE
-    madvise(kept.memory, static_cast<size_t>(size), MADV_HUGEPAGE);
-#endif
+// Scratch of one product: this thread's own, kept from call to call because fresh memory costs a page fault for every
+// 4 KB, or, beyond what a model's layers take at usual batches, its own.
+class ProductScratch {
+ public:
+  explicit ProductScratch(int64_t bytes) {
+    thread_local Kept kept;
+    Kept& memory = bytes > kMostKept ? own_ : kept;
+    if (bytes > memory.bytes) memory.grow(bytes);
+    start_ = memory.start;
   }
-  return kept.memory;
-}
+  char* get() const { return start_; }
+
+ private:
+  static constexpr int64_t kPage = 2 << 20, kMostKept = 64 << 20;
+  struct Kept {
+    char* start = nullptr;
+    int64_t bytes = 0;
+    Kept() = default;
+    Kept(const Kept&) = delete;
+    ~Kept() { std::free(start); }
+    void grow(int64_t wanted) {
+      std::free(start);
+      const int64_t size = (wanted + kPage - 1) / kPage * kPage;
+      start = static_cast<char*>(std::aligned_alloc(kPage, static_cast<size_t>(size)));
+      bytes = start == nullptr ? 0 : size;
+      if (start == nullptr) TVM_FFI_THROW(MemoryError) << "out of memory for " << wanted << " bytes of scratch";
+#ifdef MADV_HUGEPAGE
+      madvise(start, static_cast<size_t>(size), MADV_HUGEPAGE);
+#endif
+    }
+  };
+  Kept own_;
+  char* start_ = nullptr;
+};
 
 // Columns of a panel for the instruction set in use.
 int64_t gemm_columns() {
@@ -175,11 +189,13 @@ void linear(TensorView x, MaybeTensor panels, MaybeTensor w, bool pairs, int64_t
       }
   }
   if (g.M == 0 || width == 0) return;
+  if (g.K == 0) TVM_FFI_THROW(ValueError) << "x must have columns; got " << shape_text(x);
   int64_t bytes = 0;
   g.threads = omp_get_max_threads();
   g.scratch_bytes = &bytes;
   MF_CALL(gemm, g);
-  g.scratch = kept_scratch(bytes);
+  const ProductScratch scratch(bytes);
+  g.scratch = scratch.get();
   MF_CALL(gemm, g);
 }
 
