@@ -62,11 +62,7 @@ struct Modulation {
   }
 
   // The row of shift and scale for token n of sample b, -1 for none.
-  inline int64_t row_of(int64_t b, int64_t n) const {
-    if (a.T == 0) return -1;
-    if (a.per_sample) return b;
-    return n >= a.N - a.T ? b * a.T + n - (a.N - a.T) : -1;
-  }
+  inline int64_t row_of(int64_t b, int64_t n) const { return modulation_row(b, n, a.N, a.T, a.per_sample); }
 
   inline void select(int64_t row, int64_t sample) {
     const int64_t gate_row = a.gate_per_sample ? sample : 0;
@@ -88,21 +84,6 @@ struct Modulation {
     });
   }
 };
-
-// Sum over the row of f(i, k), in four independent accumulators to hide the adder's latency.
-template <class F> MF_INLINE float row_sum(int64_t n, F f) {
-  vf s0 = {}, s1 = {}, s2 = {}, s3 = {};
-  int64_t i = 0;
-  for (; i + 4 * W <= n; i += 4 * W) {
-    s0 += f(i, Full{});
-    s1 += f(i + W, Full{});
-    s2 += f(i + 2 * W, Full{});
-    s3 += f(i + 3 * W, Full{});
-  }
-  for (; i + W <= n; i += W) s0 += f(i, Full{});
-  if (i < n) s1 += f(i, Part{(int)(n - i)});
-  return sum((s0 + s1) + (s2 + s3));
-}
 
 // Row `row` of what is normed as fp32, x's own memory or mod.v, and its sum. With a branch it is
 // x + gate * branch rounded to x's type, and also written to h where there is one.

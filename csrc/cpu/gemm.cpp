@@ -110,11 +110,7 @@ template <int ACT, class Y> static void finish(const GemmArgs& g, const float* t
   for (int64_t r = 0; r < rows; ++r, tile += NR) {
     const int64_t m = first + r;
     const auto write = [&](vf v, int64_t n, auto k) {
-      if (g.join == Join::slope) {
-        const vf at = load_column(g.other, m * g.other_row + n, k);
-        if constexpr (ACT >= 0 && ACT < 3) v = v * act_slope<ACT, LONG>(at);
-        else if constexpr (ACT == 3) v = at > (vf){} ? v : (vf){};
-      } else if (g.join != Join::none) {
+      if (g.join != Join::none) {
         const vf other = load_column(g.other, m * g.other_row + n, k);
         if (g.join == Join::add) v = other + v;
         else if (g.join == Join::multiply) v = other * v;
@@ -124,7 +120,7 @@ template <int ACT, class Y> static void finish(const GemmArgs& g, const float* t
     };
     const auto one = [&](vf v, int64_t n, auto k) {
       if (g.before.data != nullptr) store((Y*)g.before.data + m * g.before_row + n, v, k);
-      write(g.join == Join::slope ? v : activate<ACT, LONG>(v), n, k);
+      write(activate<ACT, LONG>(v), n, k);
     };
     const vf v0 = load(tile, Full{}) + b0, v1 = load(tile + W, Full{}) + b1;
     const auto each_part = [&](int64_t n, auto f) {

@@ -39,7 +39,7 @@ struct GemmNorm {
 };
 
 // What becomes of v = act(sum + bias).
-enum class Join : int { none, add, multiply, gate, slope };
+enum class Join : int { none, add, multiply, gate };
 
 struct GemmArgs {
   int64_t M, N, K;                // N: rows of w, both halves of a gated one
@@ -54,8 +54,8 @@ struct GemmArgs {
   const float* bias;              // one per column of the panels, in their order; null: none
   int act;                        // cpu/activations.h; -1: none
   bool gated;
-  Join join;                      // add: other + v, multiply: other * v, gate: other + gate * v,
-  Column other;                   // slope: v * act'(other) instead of act(v)
+  Join join;                      // add: other + v, multiply: other * v, gate: other + gate * v
+  Column other;
   int64_t other_row;
   Column gate;
   int64_t gate_row, gate_tokens;  // row m / gate_tokens of gate; 0: its only one

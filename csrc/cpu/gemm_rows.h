@@ -32,34 +32,13 @@ MF_INLINE void transpose_out(const uint32_t (*dwords)[W], int64_t rows, int64_t 
 struct RowStatistics { float mean, scale; };
 
 template <class T> static RowStatistics row_statistics(const T* x, int64_t n, const GemmNorm& norm) {
-  float mean = 0.0f;
-  if (norm.kind == 1) {
-    vf s0 = {}, s1 = {};
-    int64_t i = 0;
-    for (; i + 2 * W <= n; i += 2 * W) s0 += load(x + i, Full{}), s1 += load(x + i + W, Full{});
-    each(n - i, [&](int64_t j, auto k) { s0 += load(x + i + j, k); });
-    mean = sum(s0 + s1) / (float)n;
-  }
-  const vf m = splat(mean);
-  vf s0 = {}, s1 = {};
-  int64_t i = 0;
-  for (; i + 2 * W <= n; i += 2 * W) {
-    const vf a = load(x + i, Full{}) - m, b = load(x + i + W, Full{}) - m;
-    s0 = fma(a, a, s0), s1 = fma(b, b, s1);
-  }
-  each(n - i, [&](int64_t j, auto k) {
-    const vf a = keep(load(x + i + j, k) - m, k);
-    s0 = fma(a, a, s0);
+  const float inverse = 1.0f / (float)n;
+  const float mean = norm.kind == 1 ? row_sum(n, [&](int64_t i, auto k) { return load(x + i, k); }) * inverse : 0.0f;
+  const float squares = row_sum(n, [&](int64_t i, auto k) {
+    const vf d = keep(load(x + i, k) - splat(mean), k);
+    return d * d;
   });
-  return {mean, 1.0f / __builtin_sqrtf(sum(s0 + s1) / (float)n + norm.eps)};
-}
-
-// Row of shift and scale for row m of x; -1 for none.
-MF_INLINE int64_t modulation_row(const GemmNorm& norm, int64_t m) {
-  if (norm.modulated == 0) return -1;
-  const int64_t image = m / norm.tokens, token = m % norm.tokens, first = norm.tokens - norm.modulated;
-  if (norm.per_image) return image;
-  return token < first ? -1 : image * norm.modulated + token - first;
+  return {mean, 1.0f / __builtin_sqrtf(squares * inverse + norm.eps)};
 }
 
 template <class K> MF_INLINE vf load_column(const Column& c, int64_t at, K k) {
@@ -81,20 +60,20 @@ template <class K> MF_INLINE Affine affine_of(const GemmNorm& norm, int64_t row,
 }
 
 // v as the dwords of engine E: fp32 as it is, or half a vector of bf16 pairs.
-template <class E, class K> MF_INLINE void store_dwords(uint32_t* to, vf v, K k) {
-  if (E::step == 1) store((float*)to, v, k);
-  else store((bf16*)to, v, k);
+template <class E> MF_INLINE void store_dwords(uint32_t* to, vf v) {
+  if (E::step == 1) store((float*)to, v, Full{});
+  else store((bf16*)to, v, Full{});
 }
 
 // Rows first .. first + rows - 1 of x into a panel.
 template <class E, class T> static void pack_rows(const GemmArgs& g, int64_t first, int64_t rows, int64_t dwords, float* panel) {
-  constexpr int64_t WIDE = E::step * W;  // columns that fill a vector of dwords
   constexpr bool TILES = E::products == Products::tiles;
   const T* x = (const T*)g.x.data;
   alignas(64) uint32_t lines[W == 16 ? 32 : 8][W] = {};
+  const GemmNorm& norm = g.norm;
   RowStatistics statistics[32];
-  if (g.norm.kind != 0)
-    for (int64_t r = 0; r < rows; ++r) statistics[r] = row_statistics(x + (first + r) * g.x_row, g.K, g.norm);
+  if (norm.kind != 0)
+    for (int64_t r = 0; r < rows; ++r) statistics[r] = row_statistics(x + (first + r) * g.x_row, g.K, norm);
   for (int64_t d = 0; d < dwords; d += W) {
     if (g.x_transposed) {  // a line of x is a dword of every row already
       const int64_t count = dwords - d < W ? dwords - d : W;
@@ -117,8 +96,9 @@ template <class E, class T> static void pack_rows(const GemmArgs& g, int64_t fir
       Affine affine[2] = {};
       int64_t modulated = -2;
       for (int64_t r = 0; r < rows; ++r) {
-        const T* row = x + (first + r) * g.x_row;
-        const int64_t wanted = g.norm.kind != 0 ? modulation_row(g.norm, first + r) : -2;
+        const int64_t m = first + r;
+        const T* row = x + m * g.x_row;
+        const int64_t wanted = norm.kind == 0 ? -2 : modulation_row(m / norm.tokens, m % norm.tokens, norm.tokens, norm.modulated, norm.per_image);
         const bool change = wanted != modulated;
         modulated = wanted;
 #pragma GCC unroll 2
@@ -128,21 +108,20 @@ template <class E, class T> static void pack_rows(const GemmArgs& g, int64_t fir
           uint32_t* to = lines[r] + half * (W / 2);
           const auto part = [&](auto k) {
             vf v = load(row + at, k);
-            if (g.norm.kind != 0) {
-              if (change) affine[half] = affine_of(g.norm, wanted, at, k);
+            if (norm.kind != 0) {
+              if (change) affine[half] = affine_of(norm, wanted, at, k);
               v = fma((v - splat(statistics[r].mean)) * splat(statistics[r].scale), affine[half].a, affine[half].c);
             }
             return v;
           };
           const vf v = left >= W ? part(Full{}) : left > 0 ? keep(part(Part{(int)left}), Part{(int)left}) : (vf){};
-          store_dwords<E>(to, v, Full{});
+          store_dwords<E>(to, v);
         }
       }
     }
     if (TILES) memcpy((char*)panel + d / 16 * (rows > 16 ? 2048 : 1024), lines, rows > 16 ? 2048 : 1024);
     else transpose_out(lines, rows, dwords - d < W ? dwords - d : W, (uint32_t*)panel + d * rows);
   }
-  (void)WIDE;
 }
 
 }  // namespace MF_VARIANT

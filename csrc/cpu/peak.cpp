@@ -2,14 +2,14 @@
 // peak: multiply-adds of registers on every thread, nothing loaded and nothing stored: the rate that a product of matrices
 // may reach on this processor, for benchmarks to hold theirs against.
 //
-// kind 0: fp32. kind 1: pairs of bf16, on tiles where there are some, else one vector (AVX512_BF16).
+// kind 0: fp32. kind 1: pairs of bf16, on tiles or vectors of AVX512_BF16 where there are some, else fp32 too.
 
 #include "cpu/gemm.h"
 
 namespace mf {
 
 struct PeakArgs {
-  int64_t steps;     // rounds of kPeakSums multiply-adds
+  int64_t steps;     // rounds of one multiply-add for each sum that a thread keeps
   Products products;
   int threads;
   double* operations;  // a multiply and an add counted apart; what one round of one thread is

@@ -195,6 +195,21 @@ MF_INLINE float sum(vf v) {
 #endif
 }
 
+// Sum over the row of f(i, k), in four independent accumulators to hide the adder's latency.
+template <class F> MF_INLINE float row_sum(int64_t n, F f) {
+  vf s0 = {}, s1 = {}, s2 = {}, s3 = {};
+  int64_t i = 0;
+  for (; i + 4 * W <= n; i += 4 * W) {
+    s0 += f(i, Full{});
+    s1 += f(i + W, Full{});
+    s2 += f(i + 2 * W, Full{});
+    s3 += f(i + 3 * W, Full{});
+  }
+  for (; i + W <= n; i += W) s0 += f(i, Full{});
+  if (i < n) s1 += f(i, Part{(int)(n - i)});
+  return sum((s0 + s1) + (s2 + s3));
+}
+
 // Sets the lanes from k on to zero (a subtraction has made them non-zero).
 MF_INLINE vf keep(vf v, Full) { return v; }
 MF_INLINE vf keep(vf v, Part k) {

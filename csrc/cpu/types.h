@@ -29,4 +29,12 @@ constexpr int64_t kChunk = 32;
 
 constexpr int64_t chunks(int64_t tokens) { return (tokens + kChunk - 1) / kChunk; }
 
+// The row of a modulation for a token of an image, -1 for none: one row per image, or one for each of its last `modulated`
+// tokens.
+constexpr int64_t modulation_row(int64_t image, int64_t token, int64_t tokens, int64_t modulated, bool per_image) {
+  if (modulated == 0) return -1;
+  if (per_image) return image;
+  return token < tokens - modulated ? -1 : image * modulated + token - (tokens - modulated);
+}
+
 }  // namespace mf

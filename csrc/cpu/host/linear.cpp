@@ -152,8 +152,8 @@ void linear(TensorView x, MaybeTensor panels, MaybeTensor w, bool pairs, int64_t
     g.bias = data<float>(bias);
   }
   if (act < -1 || act > 3) TVM_FFI_THROW(ValueError) << "act must be -1 .. 3; got " << act;
-  if (join < 0 || join > 4) TVM_FFI_THROW(ValueError) << "join must be 0 .. 4; got " << join;
-  if ((join != 0) != other.has_value() || (join == 3) != gate.has_value() || (gated && join == 4) || (gated && N % 2 != 0))
+  if (join < 0 || join > 3) TVM_FFI_THROW(ValueError) << "join must be 0 .. 3; got " << join;
+  if ((join != 0) != other.has_value() || (join == 3) != gate.has_value() || (gated && N % 2 != 0))
     TVM_FFI_THROW(ValueError) << "join " << join << " and its operands do not fit together";
   g.act = static_cast<int>(act), g.join = static_cast<Join>(join);
   g.y = {data(y), dtype_of(y, "y")}, g.y_row = check_like_y(y, "y", g.M, width);
@@ -177,6 +177,7 @@ void linear(TensorView x, MaybeTensor panels, MaybeTensor w, bool pairs, int64_t
     if (norm < 0 || norm > 2 || g.x_transposed) TVM_FFI_THROW(ValueError) << "norm must be 0 .. 2, of contiguous rows; got " << norm;
     GemmNorm& n = g.norm;
     n.kind = static_cast<int>(norm), n.eps = static_cast<float>(eps), n.offset = static_cast<float>(offset);
+    if (g.M > 0) n.tokens = g.M / images();
     n.weight = column_of(norm_weight, "norm_weight"), n.bias = column_of(norm_bias, "norm_bias");
     n.shift = column_of(shift, "shift"), n.scale = column_of(scale, "scale");
     for (const auto& [t, name] : {std::pair{&norm_weight, "norm_weight"}, {&norm_bias, "norm_bias"}})
@@ -184,7 +185,7 @@ void linear(TensorView x, MaybeTensor panels, MaybeTensor w, bool pairs, int64_t
     for (const auto& [t, name, row] : {std::tuple{&shift, "shift", &n.shift_row}, {&scale, "scale", &n.scale_row}})
       if (t->has_value()) {
         const TensorView& m = t->value();
-        n.tokens = tokens, n.per_image = m.ndim() == 2, n.modulated = n.per_image ? tokens : m.ndim() == 3 ? m.size(1) : 0;
+        n.per_image = m.ndim() == 2, n.modulated = n.per_image ? tokens : m.ndim() == 3 ? m.size(1) : 0;
         *row = modulation_stride(m, name, n.per_image ? images() : images() * n.modulated, g.K);
       }
   }
