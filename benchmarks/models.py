@@ -36,6 +36,7 @@ from benchmarks.baselines import load_needed
 from benchmarks.baselines.maetok import MAETok as PlainMAETok
 from benchmarks.baselines.sit import SiT as PlainSiT
 from maetok_fast.bench.budget import Budget, Speed, calibrate
+from maetok_fast.bench.cases import each
 from maetok_fast.bench.machine import DTYPES, copy_bandwidth, describe, headline, matmul
 from maetok_fast.bench.timing import interleave
 from maetok_fast.kernels import _native
@@ -134,7 +135,7 @@ def measure(
     timings = interleave(
         {name: cases[name] for name in warm}, device, until=budget.end, rounds=args.rounds, once=math.inf
     )
-    ceiling_tflop = dict.fromkeys(limits, 2 * size**3 / 1000000000000.0) | {PEAK: peak_operations / 1e12}
+    ceiling_tflop = dict.fromkeys(limits, 2e-12 * size**3) | {PEAK: peak_operations / 1e12}
     ceiling = max(ceiling_tflop[name] / timings[name].seconds for name in limits if name != PEAK)
     print(f"\n{title}   ({gmacs:.1f} GMAC)")
     first = timings.get(PLAIN)
@@ -316,45 +317,24 @@ def train(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[str,
     for batch in args.batch:
         images = torch.rand(batch, 3, size, size, device=device) * 2 - 1
         macs = sum(12 * (n * 12 * dim * dim + 2 * n * n * dim) for n in (patches + 129, patches + 128))
-        cases = training_cases(_Whole(plain_tokenizer), tokenizer, (images,), precision, not args.no_compile)
+        cases = training_cases(plain_tokenizer, tokenizer, (images,), precision, not args.no_compile)
         yield f"MAETok-B training, {size} px, batch {batch}, {args.dtype}", 3 * batch * macs / 1e9, cases
 
 
-class _Whole(nn.Module):
-    """decode(encode(images)) of a tokenizer without a forward."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        super().__init__()
-        self.tokenizer = tokenizer
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.tokenizer.decode(self.tokenizer.encode(images))
-
-
 def training_cases(plain: nn.Module, ours: nn.Module, inputs: tuple[Any, ...], precision: Any, compile_: bool) -> Cases:
-    device = inputs[0].device.type
-
-    def step(forward: Callable[..., Tensor]) -> Callable[..., Any]:
-        def run(*inputs: Any) -> None:
-            with precision.autocast(device):
-                forward(*inputs).square().mean().backward()
-
-        return run
-
-    def clear(run: Callable[[], Any], model: nn.Module) -> Callable[[], Any]:
-        def call() -> None:
-            run()
-            model.zero_grad(set_to_none=True)
-
-        return call
-
-    cases: Cases = {PLAIN: clear(lambda: step(plain)(*inputs), plain)}
-    cases["ours, as a module"] = clear(lambda: step(ours)(*inputs), ours)
+    cases: Cases = {PLAIN: partial(training_step, plain, plain, inputs, precision)}
+    cases["ours, as a module"] = partial(training_step, ours, ours, inputs, precision)
     if compile_:
         torch._dynamo.reset()
-        compiled_step = step(torch.compile(plain, dynamic=False))
-        cases["torch.compile"] = clear(lambda: compiled_step(*inputs), plain)
+        cases["torch.compile"] = partial(training_step, torch.compile(plain, dynamic=False), plain, inputs, precision)
     return cases
+
+
+def training_step(forward: Callable[..., Tensor], model: nn.Module, inputs: tuple[Any, ...], precision: Any) -> None:
+    """forward: the model, or what was compiled of it."""
+    with precision.autocast(inputs[0].device.type):
+        forward(*inputs).square().mean().backward()
+    model.zero_grad(set_to_none=True)
 
 
 def linear(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, float, Cases]]:
@@ -366,10 +346,6 @@ def linear(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[str
                 yield linear_cases(args, batch * tokens, inner, outer, name, act, dtype, device)
     for rows in (1, 4, 16, 64, 512):
         yield linear_cases(args, rows, 1152, 6912, "adaLN", "none", dtype, device)
-
-
-def each(layers: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> list[Tensor]:
-    return [layer(x) for layer in layers]
 
 
 def linear_cases(

@@ -28,9 +28,9 @@ NO_NORM = (0, None, None, None, None, 0.0, 0.0)
 
 
 class Join:
-    """What becomes of v = act(x w^T + bias). gate: other + gate * v; slope: v * act'(other) instead of act(v)."""
+    """What becomes of v = act(x w^T + bias): v, other + v, other * v or other + gate * v."""
 
-    none, add, mul, gate, slope = range(5)
+    none, add, mul, gate = range(4)
 
 
 def why_not_packed(form: str, device: torch.device) -> str | None:
@@ -63,31 +63,33 @@ class Panels(NamedTuple):
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None, form: str, gated: bool = False) -> Panels:
         """weight (out, in), any strides with one of them 1, fp32, bf16 or fp16; bias (out,) or None."""
-        library = _native.lib()
         outer, inner = weight.shape
-        columns = library.gemm_columns()
-        count = -(-outer // columns)
-        if gated:
-            count = -(-(outer // 2) // (columns // 2))
+        count, columns = _count(outer, gated)
         if form == "pairs":
             shape: tuple[int, ...] = (count, -(-inner // (2 * _PAIRS)) * _PAIRS, columns, 2)
         else:
             shape = (count, inner, columns)
         data = torch.empty(shape, dtype=torch.float32 if form == "fp32" else torch.bfloat16)
-        library.gemm_pack(weight, data, gated)
-        return cls(data, None if bias is None else _bias_columns(bias, columns, count, gated), outer, gated)
+        _native.lib().gemm_pack(weight, data, gated)
+        return cls(data, _bias_columns(bias, gated), outer, gated)
 
     @classmethod
     def once(cls, weight: Tensor, bias: Tensor | None, pairs: bool) -> Panels:
         """For a weight that is used once: weight and bias as for `of`."""
-        columns = _native.lib().gemm_columns()
-        outer = len(weight)
-        lined = None if bias is None else _bias_columns(bias, columns, -(-outer // columns), False)
-        return cls(None, lined, outer, False, weight, pairs)
+        return cls(None, _bias_columns(bias, False), len(weight), False, weight, pairs)
 
 
-def _bias_columns(bias: Tensor, columns: int, count: int, gated: bool) -> Tensor:
-    bias = bias.float()
+def _count(outer: int, gated: bool) -> tuple[int, int]:
+    """(panels of a weight with so many rows, columns of a panel). A gated one's hold half of each of its halves."""
+    columns = _native.lib().gemm_columns()
+    return (-(-(outer // 2) // (columns // 2)) if gated else -(-outer // columns)), columns
+
+
+def _bias_columns(bias: Tensor | None, gated: bool) -> Tensor | None:
+    """The bias as the panels' columns lie, zeros where the last panel has none."""
+    if bias is None:
+        return None
+    bias, (count, columns) = bias.float(), _count(len(bias), gated)
     if not gated:
         return torch.nn.functional.pad(bias, (0, count * columns - len(bias)))
     half, width = len(bias) // 2, count * columns // 2

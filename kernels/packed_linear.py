@@ -174,28 +174,9 @@ class PackedLinear(nn.Module):
                 self.register_buffer("weight", own(weight.detach()))
 
     @classmethod
-    def of(
-        cls,
-        linear: nn.Linear,
-        activation: str = "none",
-        *,
-        gated: bool = False,
-        dtype: torch.dtype | None = None,
-        weights: torch.dtype | None = None,
-        backend: str | None = None,
-        use: str = "",
-    ) -> PackedLinear:
-        """The packed form of an `nn.Linear`, which stays as it is."""
-        return cls(
-            linear.weight,
-            linear.bias,
-            activation,
-            gated=gated,
-            dtype=dtype,
-            weights=weights,
-            backend=backend,
-            use=use,
-        )
+    def of(cls, linear: nn.Linear, activation: str = "none", **options: Any) -> PackedLinear:
+        """The packed form of an `nn.Linear`, which stays as it is. options: the class's own keywords."""
+        return cls(linear.weight, linear.bias, activation, **options)
 
     def _fastest(self, weight: Tensor, bias: Tensor | None, use: str) -> str:
         """The winner of a race over `RACE_ROWS` rows, or the first that can."""

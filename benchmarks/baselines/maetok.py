@@ -1,5 +1,5 @@
 # Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
-"""MAETok's encoder and decoder in plain PyTorch (mixed 2-D RoPE, plain and MoVQ decoders), inference only.
+"""MAETok's encoder and decoder in plain PyTorch (mixed 2-D RoPE, plain and MoVQ decoders).
 
     encode: [cls | patches] + pos_embed, then [.. | latent tokens] -> blocks -> last L -> 32 channels
     decode: [cls? | mask tokens | latents] -> blocks -> patches -> pixels
@@ -211,6 +211,9 @@ class MAETok(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(latents), latents)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.decode(self.encode(images))
 
     def set_attention(self, attention: str) -> None:
         """ "naive" or "sdpa" from now on."""

@@ -278,7 +278,7 @@ def _linear_maker(rows: int, inner: int, outer: int, act: str, dtype: str) -> Ca
                 work.reasons[way] = why
                 continue
             packed = [PackedLinear(w, b, act, dtype=kind, backend=way) for w, b in weights]
-            (work.peers if way == "onednn" else work.ours)[way] = partial(_each, packed, x)
+            (work.peers if way == "onednn" else work.ours)[way] = partial(each, packed, x)
         if compile_:
             torch._dynamo.reset()
             compiled = torch.compile(plain, dynamic=False)
@@ -288,7 +288,8 @@ def _linear_maker(rows: int, inner: int, outer: int, act: str, dtype: str) -> Ca
     return make
 
 
-def _each(layers: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> list[Tensor]:
+def each(layers: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> list[Tensor]:
+    """Every layer's result for x."""
     return [layer(x) for layer in layers]
 
 

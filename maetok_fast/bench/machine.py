@@ -53,7 +53,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     info: dict[str, Any] = {
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _processor.name(),
-        "cpu_vendor": _proc("/proc/cpuinfo").get("vendor_id", ""),
+        "cpu_vendor": _processor.vendor(),
         "cpu_family": int(_proc("/proc/cpuinfo").get("cpu family") or 0),
         "cpu_features": [f for f in _CPU_FEATURES if f in _cpu_flags()],
         "limited_by": [f"{name}={os.environ[name]}" for name in _LIMITS if os.environ.get(name)],
