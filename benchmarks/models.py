@@ -19,6 +19,7 @@ import json
 import math
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -40,6 +41,7 @@ from maetok_fast.bench.cases import each
 from maetok_fast.bench.machine import DTYPES, copy_bandwidth, describe, headline, matmul
 from maetok_fast.bench.timing import interleave
 from maetok_fast.kernels import _native
+from maetok_fast.kernels.packed_linear import BACKENDS, PackedLinear, why_not
 from maetok_fast.precision import resolve
 
 Cases = dict[str, Callable[[], Any]]
@@ -47,6 +49,7 @@ Row = dict[str, Any]
 GEMM_SIZES = (4096, 2048, 1024)
 COMPILE_SECONDS = 15.0  # of a whole model at best; what this machine needs is learnt
 PLAIN = "plain torch, eager"
+INT8 = "ours, prepared in int8"
 AHEAD = "  modulations of 8 steps ahead"
 PEAK = "peak, registers alone"
 NO_RATE = (AHEAD,)  # other work than the table's
@@ -159,8 +162,6 @@ def measure(
 
 def gemms(device: torch.device, dtype: str, size: int) -> Cases:
     """The ceilings: a size^3 product, plain and, where weights are packed, packed."""
-    from maetok_fast.kernels.packed_linear import PackedLinear, why_not
-
     cases: Cases = {"matmul": matmul(device, dtype, size)[0]}
     if why_not("onednn", DTYPES[dtype], DTYPES[dtype], device) is None:
         packed = PackedLinear(torch.randn(size, size), dtype=DTYPES[dtype], backend="onednn")
@@ -219,9 +220,16 @@ def randomised(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def check_same(name: str, got: Tensor, want: Tensor) -> None:
-    """A benchmark of two different computations is worth nothing."""
+def bytes_(device: torch.device) -> bool:
+    """Whether this processor multiplies int8."""
+    return device.type == "cpu" and why_not("native int8", torch.float32, torch.int8, device) is None
+
+
+def check_same(name: str, got: Tensor, want: Tensor, tell: bool = False) -> None:
+    """A benchmark of two different computations is worth nothing. tell: how different, for what is meant to differ."""
     error = ((got.double() - want.double()).norm() / want.double().norm()).item()
+    if tell:
+        print(f"{name}: outputs differ from plain torch's by {error:.2%} in relative norm (random weights)")
     if not error < 0.05:
         raise SystemExit(f"{name}: outputs differ from plain torch's by {error:.3f} in relative norm")
 
@@ -235,7 +243,7 @@ def sit(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, f
     ours = randomised(SiT(config)).to(device, dtype)
     plain = PlainSiT((128, 32), depth=config.depth, attention="sdpa").to(device, dtype).eval()
     load_needed(plain, ours.state_dict(), assign=True)
-    fast = prepare(ours, dtype)
+    fast, of_bytes = prepare(ours, dtype), prepare(ours, dtype, torch.int8) if bytes_(device) else None
     tokens, dim = 128, config.dim
     block = tokens * 12 * dim * dim + 2 * tokens * tokens * dim
     for batch in args.batch:
@@ -248,6 +256,10 @@ def sit(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, f
         cases["ours, as a module"] = lambda x=x, t=t, y=y: ours(x, t, y)
         cases["ours, prepared"] = lambda x=x, t=t, y=y: fast(x, t, y)
         cases["ours, prepared, step of a plan"] = lambda x=x, plan=plan: fast.step(plan, 4, x)
+        if of_bytes is not None:
+            check_same("SiT in int8", of_bytes(x, t, y), plain(x, t, y), tell=True)
+            steps = of_bytes.plan(plan.ts, y)
+            cases[f"{INT8}, step of a plan"] = lambda x=x, steps=steps: of_bytes.step(steps, 4, x)
         cases[AHEAD] = ahead
         gmacs = batch * (config.depth * (block + 6 * dim * dim)) / 1e9
         yield f"SiT-XL/1, 128 tokens, depth {config.depth}, batch {batch}, {args.dtype}", gmacs, cases
@@ -272,21 +284,22 @@ def tokenizer(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[
                 p.uniform_(0.5, 1.0)
         plain = PlainMAETok(args.size, movq=kind == "movqv2").to(device, dtype).eval()
         load_needed(plain, ours.state_dict(), assign=True)
-        fast = prepare(ours, dtype)
+        fast, of_bytes = prepare(ours, dtype), prepare(ours, dtype, torch.int8) if bytes_(device) else None
         patches, dim = (args.size // 16) ** 2, 768
         for batch in args.batch:
             images = torch.rand(batch, 3, args.size, args.size, device=device, dtype=dtype) * 2 - 1
             latents = plain.encode(images)
             check_same("encode", fast.encode(images), latents)
             check_same("decode", fast.decode(latents, args.size), plain.decode(latents))
-            halves = (
-                [("encode", images, patches + 129, plain.encode, ours.encode, fast.encode)] if kind == "plain" else []
-            )
-            halves.append((f"decode ({kind})", latents, patches + 128, plain.decode, ours.decode, fast.decode))
-            for name, value, tokens, plain_fn, module_fn, fast_fn in halves:
-                cases = peers(plain_fn, (value,), not args.no_compile)
-                cases["ours, as a module"] = lambda fn=module_fn, value=value: fn(value)
-                cases["ours, prepared"] = lambda fn=fast_fn, value=value: fn(value)
+            halves = [("encode", "encode", images, patches + 129)] if kind == "plain" else []
+            halves.append((f"decode ({kind})", "decode", latents, patches + 128))
+            for name, method, value, tokens in halves:
+                cases = peers(getattr(plain, method), (value,), not args.no_compile)
+                ways = {"ours, as a module": ours, "ours, prepared": fast} | ({INT8: of_bytes} if of_bytes else {})
+                cases |= {way: partial(getattr(made, method), value) for way, made in ways.items()}
+                if of_bytes is not None:
+                    want = getattr(plain, method)(value)
+                    check_same(f"{name} in int8", getattr(of_bytes, method)(value), want, tell=True)
                 macs = 12 * (tokens * 12 * dim * dim + 2 * tokens * tokens * dim) + patches * dim * dim
                 yield f"MAETok-B, {args.size} px, {name}, batch {batch}, {args.dtype}", batch * macs / 1e9, cases
 
@@ -348,6 +361,14 @@ def linear(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[str
         yield linear_cases(args, rows, 1152, 6912, "adaLN", "none", dtype, device)
 
 
+def dynamic_int8(layers: Sequence[nn.Linear], gelu: str | None) -> list[Callable[[Tensor], Tensor]]:
+    """torch's own layers of int8, whose activations have one scale a tensor; gelu: "none", "tanh" or None."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated in favour of another package
+        made = torch.ao.quantization.quantize_dynamic(nn.ModuleList(layers), {nn.Linear}, dtype=torch.qint8)
+    return [layer if gelu is None else lambda x, of=layer: F.gelu(of(x), approximate=gelu) for layer in made]
+
+
 def linear_cases(
     args: argparse.Namespace,
     rows: int,
@@ -358,8 +379,6 @@ def linear_cases(
     dtype: Any,
     device: Any,
 ) -> tuple[str, float, Cases]:
-    from maetok_fast.kernels.packed_linear import BACKENDS, PackedLinear, why_not
-
     # Several weights in turn: a model never finds one layer's weights in the cache of the layer before.
     layers = [nn.Linear(inner, outer, device=device, dtype=dtype) for _ in range(4)]
     x = torch.randn(rows, inner, device=device, dtype=dtype)
@@ -375,9 +394,12 @@ def linear_cases(
 
     cases = peers(all_plain, (x,), not args.no_compile)
     for way in BACKENDS[:-1]:
-        if why_not(way, dtype, dtype, device) is None:
-            fast = [PackedLinear.of(layer, act, backend=way) for layer in layers]
+        weights = torch.int8 if way == "native int8" else dtype
+        if why_not(way, dtype, weights, device) is None:
+            fast = [PackedLinear.of(layer, act, weights=weights, backend=way) for layer in layers]
             cases[f"packed, {way}" if way == "onednn" else f"ours, packed, {way}"] = partial(each, fast, x)
+    if bytes_(device) and dtype == torch.float32:
+        cases["torch, dynamic int8"] = partial(each, dynamic_int8(layers, approximate if act != "none" else None), x)
     suffix = f" + {act}" if act != "none" else ""
     return f"4 x {name}{suffix}: ({rows}, {inner}) -> {outer}, {args.dtype}", 4 * rows * inner * outer / 1e9, cases
 

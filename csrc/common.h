@@ -21,6 +21,7 @@
 #include <cstdlib>
 #include <initializer_list>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "cpu/types.h"
@@ -38,6 +39,11 @@ enum class Variant { none, generic, v2, avx2, avx512, avx512bf16, amx };
 
 const char* variant_name(Variant v);
 Variant variant();  // the one that calls use: the processor's own, or a lesser one that cpu_limit has set
+
+// Products of pairs of bf16 and of bytes in the instruction set in use, if there are such.
+enum class Products : int;
+std::optional<Products> pair_products();
+std::optional<Products> byte_products();
 
 // MF_CALL(adaln_fwd, args): the kernel of the instruction set in use.
 #if defined(MF_EMULATED_TILES)  // tests/emulate_tiles.py

@@ -7,6 +7,7 @@
     "native fp32"   csrc/cpu/gemm.cpp, fp32                               fp32         on the way in and out, no pass
     "native bf16"   the same; weights widened on their way into the cache bf16         the same
     "native pairs"  the same on AVX512_BF16 or AMX                        bf16         the same
+    "native int8"   of bytes, on AVX512_VNNI, AVX_VNNI or AMX-INT8        int8         the same; x is rounded too
     "onednn"        oneDNN over its own packed layout                     as x         relu and erf-GELU in its epilogue
     "dense"         F.linear                                              as x         apart
 
@@ -45,7 +46,9 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[str, str], int | 
     "gelu_tanh": (functools.partial(F.gelu, approximate="tanh"), ("gelu", "tanh"), 0),
     "silu": (F.silu, ("swish", ""), 1),
 }
-BACKENDS = ("native fp32", "native bf16", "native pairs", "onednn", "dense")
+BACKENDS = ("native fp32", "native bf16", "native pairs", "native int8", "onednn", "dense")
+ERROR_ROWS = 64
+_ERROR_SEED = 0x6D61_6574  # none that a weight is likely to have been drawn with
 RACE_ROWS = 256  # rows of x in a race: two images of SiT, less than one of MAETok
 
 
@@ -69,7 +72,7 @@ def why_not(backend: str, dtype: torch.dtype, weights: torch.dtype, device: torc
     """Why `backend` cannot multiply x of `dtype` by weights kept in `weights` on this device, or None."""
     if backend.startswith("native"):
         form = backend.split()[1]
-        wanted = torch.float32 if form == "fp32" else torch.bfloat16
+        wanted = {"fp32": torch.float32, "int8": torch.int8}.get(form, torch.bfloat16)
         if dtype not in (torch.float32, torch.bfloat16):
             return f"packed products are of float32 and bfloat16, not of {dtype}"
         if weights != wanted:
@@ -110,11 +113,13 @@ class PackedLinear(nn.Module):
 
     weight (out, in), bias (out,) or None: any float dtype; copied and packed.
     activation: "none", "relu", "gelu" (erf), "gelu_tanh", "silu". gated: weight is [a | b], y = act(a) * b (SwiGLU).
-    dtype: of x and y (default: weight's own). weights: in which the weight is kept, `dtype` or, under fp32 arithmetic,
-        torch.bfloat16 for half the memory.
+    dtype: of x and y (default: weight's own). weights: in which the weight is kept: `dtype`; under fp32 arithmetic
+        torch.bfloat16, for half the memory; or torch.int8, where the processor multiplies bytes: each of its rows in
+        steps of its largest magnitude / 127, and each row of x likewise, anew for each call.
     backend: one of `BACKENDS`, or None for the fastest on this machine.
     use: what the race runs: "" the product alone, "normed" with `Normed` inputs, "joined" with add and a gate.
-    The module's `dtype`, `in_features`, `out_features` and `backend` tell what it became.
+    The module's `dtype`, `in_features`, `out_features` and `backend` tell what it became; `error`, of int8, the
+    relative rms error of its outputs for `ERROR_ROWS` rows of Gaussian x.
     ValueError for an unknown activation or backend, for one that cannot (with the reason), for shapes that do not fit.
     """
 
@@ -160,7 +165,9 @@ class PackedLinear(nn.Module):
         if backend.startswith("native"):
             # no buffers: state dicts, .to() and copies cannot handle panels
             self.bias = None
-            rounded = weight.detach() if self.weights == weight.dtype else weight.detach().to(self.weights)
+            # to int8 it is the panels that round, with their scales
+            kept = weight.dtype if self.weights == torch.int8 else self.weights
+            rounded = weight.detach() if kept == weight.dtype else weight.detach().to(kept)
             self._panels = _gemm.Panels.of(
                 rounded.contiguous(), None if bias is None else bias.detach(), backend.split()[1], gated
             )
@@ -172,6 +179,7 @@ class PackedLinear(nn.Module):
                 self._native_kind = kind if native else None
             else:
                 self.register_buffer("weight", own(weight.detach()))
+        self.error = self._measured_error(weight, bias) if self.weights == torch.int8 else 0.0
 
     @classmethod
     def of(cls, linear: nn.Linear, activation: str = "none", **options: Any) -> PackedLinear:
@@ -209,6 +217,15 @@ class PackedLinear(nn.Module):
         key = " ".join(["linear", f"{self.in_features} -> {self.out_features}", *does])
         key += f", {names.get(self.dtype, self.dtype)} by {names.get(self.weights, self.weights)}"
         return _tune.fastest(key, {name: functools.partial(call, name) for name in able}, able[0])
+
+    @torch.no_grad()
+    def _measured_error(self, weight: Tensor, bias: Tensor | None) -> float:
+        """Of what is packed against `weight` in fp32."""
+        generator = torch.Generator().manual_seed(_ERROR_SEED)
+        x = torch.randn(ERROR_ROWS, self.in_features, generator=generator)
+        want = self._activated(F.linear(x, weight.float(), None if bias is None else bias.float()))
+        scale = want.norm().item()
+        return (self(x.to(self.dtype)).float() - want).norm().item() / scale if scale > 0 else 0.0
 
     @torch.no_grad()
     def forward(
@@ -277,7 +294,8 @@ class PackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         gated = " gated" if self.gated else ""
-        return f"{self.in_features}, {self.out_features}, {self.activation}{gated}, {self.dtype}, {self.backend}"
+        error = f", error {self.error:.2%}" if self.error else ""
+        return f"{self.in_features}, {self.out_features}, {self.activation}{gated}, {self.dtype}, {self.backend}{error}"
 
 
 def _apart(y: Tensor, add: Tensor | None, mul: Tensor | None, gate: Tensor | None) -> Tensor:

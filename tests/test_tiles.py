@@ -9,6 +9,7 @@ import emulate
 import emulate_tiles
 import pytest
 import rule
+import test_int8
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -81,6 +82,22 @@ def test_transposed_operands(rows: int, inner: int, outer: int) -> None:
     assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("rows", "inner", "outer"), [(1, 1, 2), (16, 64, 32), (33, 70, 66), (40, 4700, 40)])
+def test_products_of_bytes(rows: int, inner: int, outer: int, gated: bool) -> None:
+    x, w, bias = torch.randn(2, rows, inner), torch.randn(outer, inner) / inner**0.5, torch.randn(outer)
+    u, width = test_int8.claimed(x, w, bias), outer // 2
+    got = _gemm.multiply(x, _gemm.Panels.of(w, bias, "int8", gated), act="silu")
+    test_int8.assert_rounded(got, F.silu(u[..., :width]) * u[..., width:] if gated else F.silu(u))
+
+
+def test_bytes_normed_on_the_way_in() -> None:
+    x, w, shift = torch.randn(2, 19, 70) + 1, torch.randn(40, 70), torch.randn(2, 70)
+    got = _gemm.multiply(x, _gemm.Panels.of(w, None, "int8"), norm=(1, None, None, shift, None, 1e-6, 1.0))
+    want = F.linear(adaln.ref(x, shift, None, None, None, 1e-6, 1.0, "", "layer"), w)
+    assert 1e-4 < ((got - want).norm() / want.norm()).item() < 0.02
+
+
 def test_results_do_not_depend_on_threads() -> None:
     panels, x = _gemm.Panels.of(torch.randn(70, 2400), None, "pairs"), torch.randn(45, 2400).bfloat16()
     want, threads = _gemm.multiply(x, panels), torch.get_num_threads()
@@ -111,7 +128,7 @@ def test_attention(library: Any) -> None:
 
 
 def test_the_peak_runs(library: Any) -> None:
-    one = 4 * 2 * 16 * 16 * 32
-    done = library.peak(1, 10)
-    assert done > 0
-    assert done % (10 * one) == 0
+    for kind, one in [(1, 4 * 2 * 16 * 16 * 32), (2, 4 * 2 * 16 * 16 * 64)]:
+        done = library.peak(kind, 10)
+        assert done > 0
+        assert done % (10 * one) == 0

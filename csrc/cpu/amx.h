@@ -25,7 +25,7 @@
 #include "cpu/amx_emulated.h"
 #define MF_AMX
 #else
-#define MF_AMX __attribute__((target("amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512vl,avx512dq")))
+#define MF_AMX __attribute__((target("amx-tile,amx-bf16,amx-int8,avx512bf16,avx512f,avx512bw,avx512vl,avx512dq")))
 #endif
 #define MF_AMX_INLINE static inline __attribute__((always_inline)) MF_AMX
 
@@ -135,14 +135,22 @@ MF_AMX_INLINE void store_bf16(uint16_t* to, __m512 v, __m512 factor, int64_t cou
 
 // ---- product -----------------------------------------------------------------------------------------------------------
 
+// C += A B of three tiles, whose numbers the intrinsics take as literals: bytes where BYTES, else pairs of bf16.
+#define MF_MULTIPLY(c, a, b)                    \
+  do {                                          \
+    if constexpr (BYTES) _tile_dpbusd(c, a, b); \
+    else _tile_dpbf16ps(c, a, b);               \
+  } while (0)
+
 // Where tile (i, j) of a matrix lies: base + i * row + j * column bytes; its 16 rows `line` bytes apart.
 struct Matrix {
   char* base;
   int64_t row, column, line = 64;
 };
 
-// A block of 2 x 2 tiles (or 1) of C: C = A B, or C += A B, over `steps` tiles of A's columns.
-template <bool TWO_ROWS, bool TWO_COLUMNS>
+// A block of 2 x 2 tiles (or 1) of C: C = A B, or C += A B, over `steps` tiles of A's columns. BYTES: unsigned ones of A by
+// signed ones of B, four to a dword, and C of int32.
+template <bool TWO_ROWS, bool TWO_COLUMNS, bool BYTES = false>
 MF_AMX_INLINE void block(const Matrix& a, const Matrix& b, const Matrix& c, int64_t i, int64_t j, int64_t steps, bool add) {
   char* to = c.base + i * c.row + j * c.column;
   if (add) {
@@ -157,16 +165,16 @@ MF_AMX_INLINE void block(const Matrix& a, const Matrix& b, const Matrix& c, int6
   for (int64_t s = 0; s < steps; ++s, left += a.column, right += b.row) {
     _tile_loadd(4, left, a.line);
     _tile_loadd(6, right, b.line);
-    _tile_dpbf16ps(0, 4, 6);
+    MF_MULTIPLY(0, 4, 6);
     if (TWO_COLUMNS) {
       _tile_loadd(7, right + b.column, b.line);
-      _tile_dpbf16ps(1, 4, 7);
+      MF_MULTIPLY(1, 4, 7);
     }
     if (TWO_ROWS) {
       _tile_loadd(5, left + a.row, a.line);
-      _tile_dpbf16ps(2, 5, 6);
+      MF_MULTIPLY(2, 5, 6);
     }
-    if (TWO_ROWS && TWO_COLUMNS) _tile_dpbf16ps(3, 5, 7);
+    if (TWO_ROWS && TWO_COLUMNS) MF_MULTIPLY(3, 5, 7);
   }
   _tile_stored(0, to, c.line);
   if (TWO_COLUMNS) _tile_stored(1, to + c.column, c.line);

@@ -49,6 +49,19 @@ inline void multiply(int c, int a, int b) {
     }
 }
 
+// the same of four unsigned by four signed bytes, into int32
+inline void multiply_bytes(int c, int a, int b) {
+  State& s = configured();
+  for (int m = 0; m < 16; ++m)
+    for (int n = 0; n < 16; ++n) {
+      int32_t sum;
+      memcpy(&sum, s.tile[c][m] + 4 * n, 4);
+      for (int p = 0; p < 16; ++p)
+        for (int i = 0; i < 4; ++i) sum += (int32_t)(uint8_t)s.tile[a][m][4 * p + i] * (int8_t)s.tile[b][p][4 * n + i];
+      memcpy(s.tile[c][m] + 4 * n, &sum, 4);
+    }
+}
+
 }  // namespace mf::emulated
 
 #undef _tile_loadconfig
@@ -57,9 +70,11 @@ inline void multiply(int c, int a, int b) {
 #undef _tile_loadd
 #undef _tile_stored
 #undef _tile_dpbf16ps
+#undef _tile_dpbusd
 #define _tile_loadconfig(config) ((void)(config), ::mf::emulated::configure())
 #define _tile_release() ::mf::emulated::release()
 #define _tile_zero(t) ::mf::emulated::zero(t)
 #define _tile_loadd(t, from, line) ::mf::emulated::load(t, from, line)
 #define _tile_stored(t, to, line) ::mf::emulated::store(t, to, line)
 #define _tile_dpbf16ps(c, a, b) ::mf::emulated::multiply(c, a, b)
+#define _tile_dpbusd(c, a, b) ::mf::emulated::multiply_bytes(c, a, b)

@@ -28,6 +28,7 @@
 
 #ifdef MF_VARIANT
 #include "cpu/activations.h"
+#include "cpu/gemm_bytes.h"
 #include "cpu/gemm_columns.h"
 
 namespace mf {
@@ -45,12 +46,12 @@ template <class E> struct Cut {
     Cut c;
     c.dwords = gemm_dwords(g.K, E::products);
     c.panels_a = (g.M + E::rows - 1) / E::rows;
-    c.base = E::products == Products::tiles ? E::rows : g.M / c.panels_a;
-    c.longer = E::products == Products::tiles ? 0 : g.M % c.panels_a;
+    c.base = E::tiles ? E::rows : g.M / c.panels_a;
+    c.longer = E::tiles ? 0 : g.M % c.panels_a;
     c.panels_b = ((g.gated ? g.N / 2 : g.N) + (g.gated ? W : NR) - 1) / (g.gated ? W : NR);
     c.blocks_k = (c.dwords + E::block - 1) / E::block;
     c.step_k = (c.dwords + c.blocks_k - 1) / c.blocks_k;
-    if (E::products == Products::tiles) c.step_k = (c.step_k + 15) / 16 * 16;
+    if (E::tiles) c.step_k = (c.step_k + 15) / 16 * 16;
     const int64_t rows = g.panels == nullptr ? kRowsPacking : kRows;
     c.blocks_m = (g.M + rows - 1) / rows;
     c.staged = g.panels == nullptr || (E::products == Products::fma && g.panel_type != DType::f32);
@@ -67,28 +68,38 @@ template <class E> struct Cut {
   }
   int64_t first_row(int64_t panel) const { return panel * base + (panel < longer ? panel : longer); }
   int64_t rows_of(int64_t panel, int64_t M) const {
-    if (E::products == Products::tiles) return M - panel * base < base ? M - panel * base : base;
+    if (E::tiles) return M - panel * base < base ? M - panel * base : base;
     return base + (panel < longer ? 1 : 0);
   }
   // where panel `panel` of A starts, in dwords
   int64_t start(int64_t panel) const { return first_row(panel) * dwords; }
   static int64_t lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
-  int64_t shared_bytes(int64_t M) const {
-    return lines((E::products == Products::tiles ? panels_a * E::rows : M) * dwords * 4 + 64);
-  }
+  int64_t panels_bytes(int64_t M) const { return lines((E::tiles ? panels_a * E::rows : M) * dwords * 4 + 64); }
+  // the panels of A, and the scales of its rows where they are of bytes
+  int64_t shared_bytes(int64_t M) const { return panels_bytes(M) + (E::bytes ? lines(M * 4) : 0); }
   int64_t tiles_bytes() const {
     const int64_t rows = blocks_k > 1 ? (panels_a + blocks_m - 1) / blocks_m * E::rows * group : E::rows;
     return rows * NR * 4;
   }
-  int64_t thread_bytes() const { return lines(tiles_bytes() + (staged ? group * step_k * NR * 4 : 0)); }
+  int64_t thread_bytes() const {
+    const int64_t products = lines(tiles_bytes() + (staged ? group * step_k * NR * 4 : 0));
+#ifdef MF_HAS_BYTES
+    if (E::bytes && products < lines(quantise_scratch<E>(dwords))) return lines(quantise_scratch<E>(dwords));
+#endif
+    return products;
+  }
 };
 
 template <class F> static void with_engine(const GemmArgs& g, F f) {
 #ifdef __AVX512BF16__
   if (g.products == Products::dot) return f(Dot{});
 #ifdef MF_HAS_AMX
-  if (g.products == Products::tiles) return f(TileProducts{});
+  if (g.products == Products::tiles) return f(TileProducts<false>{});
+  if (g.products == Products::byte_tiles) return f(TileProducts<true>{});
 #endif
+#endif
+#ifdef MF_HAS_BYTES
+  if (g.products == Products::bytes) return f(Bytes{});
 #endif
   f(Fma{});
 }
@@ -197,13 +208,13 @@ template <class E> static void pack_panels(const GemmArgs& g, int64_t first, int
   for (int64_t i = 0; i < 2 * count; ++i) {
     float* panel = to + i / 2 * steps * NR;
     if constexpr (E::step == 1) pack_half<false>(g.w, first + i / 2, i % 2 * W, begin, steps, panel);
-    else pack_half<true>(g.w, first + i / 2, i % 2 * W, begin, steps, (bf16*)panel);
+    else if constexpr (E::step == 2) pack_half<true>(g.w, first + i / 2, i % 2 * W, begin, steps, (bf16*)panel);
   }
 }
 
 // Panels of w from `group * c.group` on times the rows of block `block_m`; `then`: the group that this thread is likely
 // to take up next.
-template <class E> static void task(const GemmArgs& g, const Cut<E>& c, const float* a, int64_t block_m, int64_t group, int64_t then, char* scratch, Finish finish) {
+template <class E> static void task(const GemmArgs& g, const Cut<E>& c, const float* a, [[maybe_unused]] const float* scales, int64_t block_m, int64_t group, int64_t then, char* scratch, Finish finish) {
   const int64_t first = group * c.group, count = c.panels_b - first < c.group ? c.panels_b - first : c.group;
   const int64_t from = c.panels_a * block_m / c.blocks_m, to = c.panels_a * (block_m + 1) / c.blocks_m;
   float* const tiles = (float*)scratch;
@@ -219,7 +230,7 @@ template <class E> static void task(const GemmArgs& g, const Cut<E>& c, const fl
     // What is multiplied next is fetched into L2 meanwhile, a share of it with each panel of A.
     const int64_t lines = g.w.transposed ? 0 : steps_at(next) * line_bytes(g) / 64, share = (lines + to - from - 1) / (to - from);
     for (int64_t i = from; i < to; ++i) {
-      const int64_t rows = c.rows_of(i, g.M), lead = E::products == Products::tiles ? (rows > 16 ? 32 : 16) : rows;
+      const int64_t rows = c.rows_of(i, g.M), lead = E::tiles ? (rows > 16 ? 32 : 16) : rows;
       const float* panel = a + c.start(i) + begin * lead;
       const Multiply multiply = multiply_of<E>(rows);
       for (int64_t j = 0; j < count; ++j) {
@@ -229,7 +240,11 @@ template <class E> static void task(const GemmArgs& g, const Cut<E>& c, const fl
         float* tile = c.blocks_k > 1 ? tiles + ((i - from) * count + j) * E::rows * NR : tiles;
         if (next == 0) expect(g, c.first_row(i), rows, first + j);
         multiply(panel, b + j * b_step, steps, tile, begin > 0, lines_soon);
-        if (next == 0) finish(g, tile, c.first_row(i), rows, first + j);
+        if (next > 0) continue;
+#ifdef MF_HAS_BYTES
+        if constexpr (E::bytes) dequantise(g, tile, scales + c.first_row(i), rows, first + j);
+#endif
+        finish(g, tile, c.first_row(i), rows, first + j);
       }
     }
   }
@@ -237,19 +252,25 @@ template <class E> static void task(const GemmArgs& g, const Cut<E>& c, const fl
 
 template <class E> static void product(const GemmArgs& g, const Cut<E>& c) {
   float* const a = (float*)g.scratch;
+  float* const scales = (float*)(g.scratch + c.panels_bytes(g.M));  // of bytes
   Finish finish = nullptr;
   with_type(g.y.type, [&](auto t) { finish = finish_of<decltype(t)>(g.act); });
 #pragma omp parallel num_threads(g.threads)
   {
+    char* const own = g.scratch + c.shared_bytes(g.M) + omp_get_thread_num() * c.thread_bytes();
 #pragma omp for
     for (int64_t i = 0; i < c.panels_a; ++i)
       with_type(g.x.type, [&](auto t) {
-        pack_rows<E, decltype(t)>(g, c.first_row(i), c.rows_of(i, g.M), c.dwords, a + c.start(i));
+        const int64_t first = c.first_row(i), rows = c.rows_of(i, g.M);
+        if constexpr (!E::bytes) pack_rows<E, decltype(t)>(g, first, rows, c.dwords, a + c.start(i));
+#ifdef MF_HAS_BYTES
+        else quantise_rows<E, decltype(t)>(g, first, rows, c.dwords, a + c.start(i), scales + first, own);
+#endif
       });
     E::begin();
 #pragma omp for schedule(dynamic) nowait
     for (int64_t t = 0; t < c.groups * c.blocks_m; ++t)
-      task<E>(g, c, a, t % c.blocks_m, t / c.blocks_m, (t + g.threads) / c.blocks_m, g.scratch + c.shared_bytes(g.M) + omp_get_thread_num() * c.thread_bytes(), finish);
+      task<E>(g, c, a, scales, t % c.blocks_m, t / c.blocks_m, (t + g.threads) / c.blocks_m, own, finish);
     E::end();
   }
 }

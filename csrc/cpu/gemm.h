@@ -3,22 +3,28 @@
 //
 //     y (M, N) = epilogue( prologue(x) (M, K)  w^T ),  w (N, K) packed once into panels
 //
-// A dword of an operand is what one lane multiplies at once: an fp32 number (fma), or the bf16 of columns 2k and 2k + 1
-// (dot, tiles). With W lanes to a vector (cpu/simd.h), a panel of w is 2 W of its rows, dword by dword:
+// A dword of an operand is what one lane multiplies at once: an fp32 number (fma), the bf16 of columns 2k and 2k + 1 (dot,
+// tiles), or the bytes of columns 4k .. 4k + 3 (bytes, byte_tiles). With W lanes to a vector (cpu/simd.h), a panel of w is
+// 2 W of its rows, dword by dword:
 //
 //     fma, fp32 weights     [panel][K][2 W] fp32                 K dwords
 //     fma, bf16 weights     [panel][K][2 W] bf16                 widened block by block on their way into the cache
 //     dot, tiles            [panel][dwords][2 W] pairs of bf16   dwords = K / 2, rounded up to 16: whole tiles
+//     bytes, byte_tiles     [panel][dwords][2 W][4] int8         dwords = K / 4, likewise
 //
 // Rows and columns that w does not have are zeros. Gated (SwiGLU, w = [a | b] with N / 2 rows each): a panel holds W rows
 // of a and the same W of b, so that act(a) * b is between two registers.
+//
+// Bytes: w[n] = column_scale[n] q[n], q in -127 .. 127, and x[m] = its own scale times p[m], found while x is packed as
+// p + 128, because the instructions multiply unsigned bytes by signed ones. Their sums are exact (K <= 65536), and
+// (sum - column_offset[n]) scale[m] column_scale[n] with column_offset = 128 sum q is what goes on its way out.
 #pragma once
 
 #include "cpu/types.h"
 
 namespace mf {
 
-enum class Products : int { fma, dot, tiles };
+enum class Products : int { fma, dot, tiles, bytes, byte_tiles };
 
 // w as it lies: element (n, k) at n * row + k, or transposed at k * row + n.
 struct GemmWeight {
@@ -51,6 +57,8 @@ struct GemmArgs {
   GemmWeight w;
   DType panel_type;
   Products products;
+  const float* column_scale;      // of bytes: one per column of the panels, as the bias
+  const int32_t* column_offset;
   const float* bias;              // one per column of the panels, in their order; null: none
   int act;                        // cpu/activations.h; -1: none
   bool gated;
@@ -75,7 +83,8 @@ struct GemmPackArgs {
 };
 
 constexpr int64_t gemm_dwords(int64_t K, Products p) {
-  return p == Products::fma ? K : (K + 31) / 32 * 16;
+  if (p == Products::fma) return K;
+  return p == Products::dot || p == Products::tiles ? (K + 31) / 32 * 16 : (K + 63) / 64 * 16;
 }
 
 }  // namespace mf

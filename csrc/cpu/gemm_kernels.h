@@ -19,30 +19,58 @@ namespace MF_VARIANT {
 
 constexpr int NR = 2 * W;
 
-// One multiply-add of every lane's dword.
-struct Fma {
-  static constexpr Products products = Products::fma;
-  static constexpr int64_t step = 1, rows = W == 16 ? 14 : 6, block = W == 16 ? 1152 : 384;  // block: dwords of K at a time
+// What an engine on vectors is. step: columns of K to a dword. block: dwords of K at a time.
+struct Vectors {
+  static constexpr bool tiles = false, bytes = false;
+  static constexpr int64_t rows = W == 16 ? 14 : 6, block = W == 16 ? 1152 : 384;
   static void begin() {}  // what a thread does before and after its products
   static void end() {}
+  static inline __attribute__((always_inline)) vf join(vf a, vf b) { return a + b; }
+};
+
+// One multiply-add of every lane's dword.
+struct Fma : Vectors {
+  static constexpr Products products = Products::fma;
+  static constexpr int64_t step = 1;
   static inline __attribute__((always_inline)) vf spread(const float* a) { return splat(*a); }
   static inline __attribute__((always_inline)) vf add(vf c, vf a, vf b) { return fma(a, b, c); }
 };
 
+MF_INLINE vf spread_dword(const float* a) {
+  uint32_t dword;
+  memcpy(&dword, a, sizeof dword);
+  return (vf)splat_u(dword);
+}
+
 #ifdef __AVX512BF16__
-struct Dot {
+struct Dot : Vectors {
   static constexpr Products products = Products::dot;
-  static constexpr int64_t step = 2, rows = 14, block = 1152;
-  static void begin() {}
-  static void end() {}
-  static inline __attribute__((always_inline)) vf spread(const float* a) {
-    int32_t pair;
-    memcpy(&pair, a, sizeof pair);
-    return (vf)_mm512_set1_epi32(pair);
-  }
+  static constexpr int64_t step = 2;
+  static inline __attribute__((always_inline)) vf spread(const float* a) { return spread_dword(a); }
   static inline __attribute__((always_inline)) vf add(vf c, vf a, vf b) {
     return (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
   }
+};
+#endif
+
+#if defined(MF_AVX512) || defined(MF_AVX2)
+#define MF_HAS_BYTES 1
+// Unsigned bytes of A by signed ones of B, sums of four to a lane of int32: AVX512_VNNI, AVX_VNNI. As text, because no
+// set of instructions that a variant is compiled for has to include them: the host asks the processor.
+struct Bytes : Vectors {
+  static constexpr Products products = Products::bytes;
+  static constexpr bool bytes = true;
+  static constexpr int64_t step = 4;
+  static inline __attribute__((always_inline)) vf spread(const float* a) { return spread_dword(a); }
+  static inline __attribute__((always_inline)) vf add(vf c, vf a, vf b) {
+#ifdef MF_AVX512
+    asm("vpdpbusd %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
+#else
+    asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(c) : "x"(a), "x"(b));
+#endif
+    return c;
+  }
+  static inline __attribute__((always_inline)) vf join(vf a, vf b) { return (vf)((vi)a + (vi)b); }
 };
 #endif
 
@@ -79,45 +107,49 @@ static void multiply_rows(const float* a, const float* b, int64_t dwords, float*
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r) {
       float* to = c + r * NR;
-      store(to, add ? load(to, Full{}) + sums[r][0] : sums[r][0], Full{});
-      store(to + W, add ? load(to + W, Full{}) + sums[r][1] : sums[r][1], Full{});
+      store(to, add ? E::join(load(to, Full{}), sums[r][0]) : sums[r][0], Full{});
+      store(to + W, add ? E::join(load(to + W, Full{}), sums[r][1]) : sums[r][1], Full{});
     }
   }
 }
 
 using Multiply = void (*)(const float* a, const float* b, int64_t dwords, float* c, bool more, Soon soon);
 
-template <class E> static Multiply multiply_of(int64_t rows) {
-  static constexpr Multiply table[] = {
-      multiply_rows<E, 1>, multiply_rows<E, 2>, multiply_rows<E, 3>, multiply_rows<E, 4>, multiply_rows<E, 5>,
-      multiply_rows<E, 6>,
-#ifdef MF_AVX512
-      multiply_rows<E, 7>, multiply_rows<E, 8>, multiply_rows<E, 9>, multiply_rows<E, 10>, multiply_rows<E, 11>,
-      multiply_rows<E, 12>, multiply_rows<E, 13>, multiply_rows<E, 14>,
-#endif
-  };
-  return table[rows - 1];
-}
-
 #ifdef MF_HAS_AMX
-struct TileProducts {
-  static constexpr Products products = Products::tiles;
-  static constexpr int64_t step = 2, rows = 32, block = 1152;
+// BYTES: unsigned ones of A by signed ones of B, into int32; else pairs of bf16.
+template <bool BYTES> struct TileProducts {
+  static constexpr Products products = BYTES ? Products::byte_tiles : Products::tiles;
+  static constexpr bool tiles = true, bytes = BYTES;
+  static constexpr int64_t step = BYTES ? 4 : 2, rows = 32, block = 1152;
   MF_AMX static void begin() { Tiles::configure(); }
   MF_AMX static void end() { _tile_release(); }
 };
 
-template <bool TWO_ROWS> MF_AMX static void multiply_tiles(const float* a, const float* b, int64_t dwords, float* c, bool more, Soon) {
+template <bool BYTES, bool TWO_ROWS> MF_AMX static void multiply_tiles(const float* a, const float* b, int64_t dwords, float* c, bool more, Soon) {
   // A: 16 dwords of 32 (16) rows, 64 bytes to the row. B: 16 lines of two tiles side by side.
   const Matrix left{(char*)a, TILE, TWO_ROWS ? 2 * TILE : TILE}, right{(char*)b, 2 * TILE, 64, 2 * 64};
   const Matrix sums{(char*)c, 16 * 2 * 64, 64, 2 * 64};
-  block<TWO_ROWS, true>(left, right, sums, 0, 0, dwords / 16, more);
-}
-
-template <> [[maybe_unused]] Multiply multiply_of<TileProducts>(int64_t rows) {
-  return rows > 16 ? multiply_tiles<true> : multiply_tiles<false>;
+  block<TWO_ROWS, true, BYTES>(left, right, sums, 0, 0, dwords / 16, more);
 }
 #endif
+
+template <class E> static Multiply multiply_of(int64_t rows) {
+#ifdef MF_HAS_AMX
+  if constexpr (E::tiles) return rows > 16 ? multiply_tiles<E::bytes, true> : multiply_tiles<E::bytes, false>;
+  else
+#endif
+  {
+    static constexpr Multiply table[] = {
+        multiply_rows<E, 1>, multiply_rows<E, 2>, multiply_rows<E, 3>, multiply_rows<E, 4>, multiply_rows<E, 5>,
+        multiply_rows<E, 6>,
+#ifdef MF_AVX512
+        multiply_rows<E, 7>, multiply_rows<E, 8>, multiply_rows<E, 9>, multiply_rows<E, 10>, multiply_rows<E, 11>,
+        multiply_rows<E, 12>, multiply_rows<E, 13>, multiply_rows<E, 14>,
+#endif
+    };
+    return table[rows - 1];
+  }
+}
 
 }  // namespace MF_VARIANT
 }  // namespace mf

@@ -67,7 +67,6 @@ template <class E> MF_INLINE void store_dwords(uint32_t* to, vf v) {
 
 // Rows first .. first + rows - 1 of x into a panel.
 template <class E, class T> static void pack_rows(const GemmArgs& g, int64_t first, int64_t rows, int64_t dwords, float* panel) {
-  constexpr bool TILES = E::products == Products::tiles;
   const T* x = (const T*)g.x.data;
   alignas(64) uint32_t lines[W == 16 ? 32 : 8][W] = {};
   const GemmNorm& norm = g.norm;
@@ -87,11 +86,11 @@ template <class E, class T> static void pack_rows(const GemmArgs& g, int64_t fir
             if (k < g.K) dword = widen(from_float(load(x + k * g.x_row + first + r, part), bf16{}));
             if (k + 1 < g.K) dword |= widen(from_float(load(x + (k + 1) * g.x_row + first + r, part), bf16{})) << 16;
           }
-          if (!TILES) store(panel + (d + j) * rows + r, (vf)dword, part);
+          if (!E::tiles) store(panel + (d + j) * rows + r, (vf)dword, part);
           else
             for (int64_t i = 0; i < part.n; ++i) lines[r + i][j] = dword[i];
         }
-      if (!TILES) continue;
+      if (!E::tiles) continue;
     } else {
       Affine affine[2] = {};
       int64_t modulated = -2;
@@ -119,7 +118,7 @@ template <class E, class T> static void pack_rows(const GemmArgs& g, int64_t fir
         }
       }
     }
-    if (TILES) memcpy((char*)panel + d / 16 * (rows > 16 ? 2048 : 1024), lines, rows > 16 ? 2048 : 1024);
+    if (E::tiles) memcpy((char*)panel + d / 16 * (rows > 16 ? 2048 : 1024), lines, rows > 16 ? 2048 : 1024);
     else transpose_out(lines, rows, dwords - d < W ? dwords - d : W, (uint32_t*)panel + d * rows);
   }
 }

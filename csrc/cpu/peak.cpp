@@ -2,7 +2,8 @@
 // peak: multiply-adds of registers on every thread, nothing loaded and nothing stored: the rate that a product of matrices
 // may reach on this processor, for benchmarks to hold theirs against.
 //
-// kind 0: fp32. kind 1: pairs of bf16, on tiles or vectors of AVX512_BF16 where there are some, else fp32 too.
+// kind 0: fp32. kind 1: pairs of bf16, on tiles or vectors of AVX512_BF16 where there are some, else fp32 too. kind 2: bytes,
+// where there are such products, else fp32.
 
 #include "cpu/gemm.h"
 
@@ -45,29 +46,36 @@ template <class E> static void vectors(const PeakArgs& a) {
 }
 
 #ifdef MF_HAS_AMX
-MF_AMX static void one_thread_of_tiles(int64_t steps) {
+template <bool BYTES> MF_AMX static void one_thread_of_tiles(int64_t steps) {
   alignas(64) char ones[TILE] = {};
   const Tiles configured;
   _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
   _tile_loadd(4, ones, 64); _tile_loadd(5, ones, 64); _tile_loadd(6, ones, 64); _tile_loadd(7, ones, 64);
   for (int64_t i = 0; i < steps; ++i) {
-    _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7); _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7);
+    MF_MULTIPLY(0, 4, 6);
+    MF_MULTIPLY(1, 4, 7);
+    MF_MULTIPLY(2, 5, 6);
+    MF_MULTIPLY(3, 5, 7);
   }
 }
 
-static void tiles(const PeakArgs& a) {
-  *a.operations = 4.0 * 2 * 16 * 16 * 32;
+template <bool BYTES> static void tiles(const PeakArgs& a) {
+  *a.operations = 4.0 * 2 * 16 * 16 * (BYTES ? 64 : 32);
 #pragma omp parallel num_threads(a.threads)
-  one_thread_of_tiles(a.steps);
+  one_thread_of_tiles<BYTES>(a.steps);
 }
 #endif
 
 void peak(const PeakArgs& a) {
 #ifdef __AVX512BF16__
 #ifdef MF_HAS_AMX
-  if (a.products == Products::tiles) return tiles(a);
+  if (a.products == Products::tiles) return tiles<false>(a);
+  if (a.products == Products::byte_tiles) return tiles<true>(a);
 #endif
   if (a.products == Products::dot) return vectors<Dot>(a);
+#endif
+#ifdef MF_HAS_BYTES
+  if (a.products == Products::bytes) return vectors<Bytes>(a);
 #endif
   vectors<Fma>(a);
 }
@@ -86,8 +94,9 @@ namespace {
 
 // Operations done in `steps` rounds on all threads of the pool.
 double run_peak(int64_t kind, int64_t steps) {
-  const bool pairs = kind == 1 && (variant() == Variant::amx || variant() == Variant::avx512bf16);
-  const Products products = !pairs ? Products::fma : variant() == Variant::amx ? Products::tiles : Products::dot;
+  Products products = Products::fma;
+  if (kind == 1) products = pair_products().value_or(products);
+  if (kind == 2) products = byte_products().value_or(products);
   double one = 0.0;
   const PeakArgs a{steps, products, omp_get_max_threads(), &one};
   MF_CALL(peak, a);

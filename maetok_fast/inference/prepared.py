@@ -11,7 +11,6 @@ the same structure runs eagerly over the dense weights in the chosen dtype.
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Generic, NoReturn, TypeVar, overload
 
@@ -23,6 +22,7 @@ from maetok_fast.checks import check_label_range, check_tensor
 from maetok_fast.inference.plan import Plan
 from maetok_fast.inference.rebuild import Target, rebuild
 from maetok_fast.kernels import _native
+from maetok_fast.kernels._gemm import why_not_packed
 from maetok_fast.kernels.packed_linear import PackedLinear
 from maetok_fast.models.sit import DiffusionTransformer
 from maetok_fast.models.tokenizer import MAETok
@@ -30,7 +30,8 @@ from maetok_fast.precision import Precision, resolve
 
 __all__ = ["PreparedGenerator", "PreparedTokenizer", "prepare"]
 
-_KEPT = (torch.bfloat16, torch.float32, "cpu")
+# (weights, computation) that differ, on a CPU
+_KEPT = ((torch.bfloat16, torch.float32), (torch.int8, torch.float32), (torch.int8, torch.bfloat16))
 M = TypeVar("M", DiffusionTransformer, MAETok)
 P = TypeVar("P", bound="_Prepared[Any]")
 
@@ -53,7 +54,10 @@ def prepare(
     precision: of computation and weights, whatever `maetok_fast.precision.resolve` knows but fp8; "auto" takes the
         fastest that the device computes at full rate. The result's `precision` says which, and why.
     weights: on a CPU, the dtype in which packed weights are kept where it is to be another than that of the
-        computation: torch.bfloat16 under fp32 halves a model's memory at no cost in time.
+        computation: torch.bfloat16 under fp32 halves a model's memory at no cost in time; torch.int8, where the
+        processor multiplies bytes (AVX512_VNNI, AVX_VNNI, AMX-INT8), quarters it and is several times as fast, but
+        rounds weights and activations to 255 steps a row. `print` of the result says by how much each kind of layer
+        errs on Gaussian inputs; what that does to a model's images is to be looked at, with its own weights.
     On a CPU the layers of each shape are raced over what can compute them (kernels/packed_linear.py), once a machine;
     `print` of the result says what won.
     Inputs may have any floating dtype, outputs come back in it. TypeError for other models, ValueError for precisions
@@ -67,11 +71,15 @@ def prepare(
     resolved = resolve(precision, device, packed=device.type == "cpu" and _native.why_missing() is None)
     if resolved.name == "fp8":
         raise ValueError("prepare computes in fp32, bf16 or fp16, fp8 is for training; pass precision='auto'")
-    if weights not in (None, resolved.dtype) and (weights, resolved.dtype, device.type) != _KEPT:
-        raise ValueError(
-            f"weights={weights} under {resolved.name} on {device.type}: weights are kept in the dtype of the "
-            "computation, or on a CPU in torch.bfloat16 under fp32"
-        )
+    if weights not in (None, resolved.dtype):
+        if (weights, resolved.dtype) not in _KEPT or device.type != "cpu":
+            raise ValueError(
+                f"weights={weights} under {resolved.name} on {device.type}: weights are kept in the dtype of the "
+                "computation, or on a CPU in torch.bfloat16 under fp32, or in torch.int8"
+            )
+        reason = why_not_packed("int8" if weights == torch.int8 else "bf16", device)
+        if reason is not None:
+            raise ValueError(f"weights={weights} cannot be used here: {reason}")
     target = Target(resolved.dtype, resolved.dtype if weights is None else weights)
     if isinstance(model, MAETok):
         return PreparedTokenizer(rebuild(model, target), resolved)
@@ -94,13 +102,16 @@ class _Prepared(Generic[M]):
         return x.to(self.dtype)
 
     def __repr__(self) -> str:
-        layers: Counter[str] = Counter(
-            f"{m.in_features} -> {m.out_features}{' gated' if m.gated else ''} {m.activation}: {m.backend}"
-            for m in self.model.modules()
-            if isinstance(m, PackedLinear)
-        )
+        errors: dict[str, list[float]] = {}
+        for m in self.model.modules():
+            if isinstance(m, PackedLinear):
+                gated = " gated" if m.gated else ""
+                layer = f"{m.in_features} -> {m.out_features}{gated} {m.activation}: {m.backend}"
+                errors.setdefault(layer, []).append(m.error)
         text = f"{type(self).__name__}({self.config}, {self.dtype})"
-        return text + "".join(f"\n  {count:3} x {layer}" for layer, count in layers.items())
+        for layer, of_it in errors.items():
+            text += f"\n  {len(of_it):3} x {layer}" + (f", error {max(of_it):.2%}" if any(of_it) else "")
+        return text
 
     def _refuse(self, what: str, instead: str) -> NoReturn:
         raise TypeError(f"a prepared model {what}; {instead}")

@@ -7,6 +7,7 @@
 
 #include "common.h"
 #include "cpu/gemm.h"
+#include "cpu/integers.h"
 
 MF_DECLARE(gemm, GemmArgs)
 MF_DECLARE(gemm_pack, GemmPackArgs)
@@ -49,6 +50,8 @@ class ProductScratch {
   char* start_ = nullptr;
 };
 
+constexpr int64_t kMostBytes = 65536;  // of K: sums of 255 * 127 each stay below 2^31
+
 // Columns of a panel for the instruction set in use.
 int64_t gemm_columns() {
   switch (variant()) {
@@ -81,15 +84,23 @@ GemmWeight weight_of(const TensorView& w, bool gated) {
 
 Products products_of(bool pairs) {
   if (!pairs) return Products::fma;
-  if (variant() != Variant::amx && variant() != Variant::avx512bf16)
+  if (!pair_products().has_value())
     TVM_FFI_THROW(ValueError) << "pairs of bfloat16 need AVX512_BF16, the instruction set in use is "
                               << variant_name(variant());
-  return variant() == Variant::amx ? Products::tiles : Products::dot;
+  return *pair_products();
 }
 
-// panels: (panels, dwords, columns), fp32 or bf16, or (panels, dwords, columns, 2) bf16 pairs.
+// panels: (panels, dwords, columns), fp32 or bf16; (panels, dwords, columns, 2) bf16 pairs; (.., 4) int8.
 Products check_panels(const TensorView& panels, int64_t N, int64_t K, bool gated) {
   const int64_t columns = gemm_columns(), each = gated ? columns / 2 : columns, rows = gated ? N / 2 : N;
+  if (panels.ndim() == 4 && panels.size(3) == 4) {
+    if (!byte_products().has_value() || K > kMostBytes)
+      TVM_FFI_THROW(ValueError) << "products of int8 need AVX512_VNNI, AVX_VNNI or AMX-INT8 and at most " << kMostBytes
+                                << " columns; the instruction set in use is " << variant_name(variant()) << ", x has " << K;
+    check_integers(panels, "panels", kDLInt, 8);
+    check_shape(panels, "panels", {(rows + each - 1) / each, gemm_dwords(K, *byte_products()), columns, 4});
+    return *byte_products();
+  }
   const DType type = check_dense(panels, "panels");
   const Products products = products_of(panels.ndim() == 4);
   if (products == Products::fma) {
@@ -124,8 +135,9 @@ int64_t modulation_stride(const TensorView& t, const char* name, int64_t rows, i
   return n == 1 ? 0 : t.stride(n - 2);
 }
 
-// panels: w packed; or w itself (out, in), for one product, by fp32 or (pairs) by bf16 products.
-void linear(TensorView x, MaybeTensor panels, MaybeTensor w, bool pairs, int64_t N, MaybeTensor bias, TensorView y, int64_t act, bool gated, int64_t join,
+// panels: w packed, those of int8 with their scale and offset (gemm.h); or w itself (out, in), for one product, by fp32 or
+// (pairs) by bf16 products.
+void linear(TensorView x, MaybeTensor panels, MaybeTensor w, bool pairs, MaybeTensor column_scale, MaybeTensor column_offset, int64_t N, MaybeTensor bias, TensorView y, int64_t act, bool gated, int64_t join,
             MaybeTensor other, MaybeTensor gate, MaybeTensor before, int64_t norm, MaybeTensor norm_weight,
             MaybeTensor norm_bias, MaybeTensor shift, MaybeTensor scale, double eps, double offset, int64_t tokens) {
   GemmArgs g{};
@@ -137,7 +149,17 @@ void linear(TensorView x, MaybeTensor panels, MaybeTensor w, bool pairs, int64_t
   g.x = {data(x), dtype_of(x, "x")};
   if (panels.has_value()) {
     g.products = check_panels(panels.value(), N, g.K, gated);
-    g.panels = data(panels), g.panel_type = dtype_of(panels.value(), "panels");
+    g.panels = data(panels);
+    if (g.products == Products::bytes || g.products == Products::byte_tiles) {
+      if (!column_scale.has_value() || !column_offset.has_value() || g.x_transposed)
+        TVM_FFI_THROW(ValueError) << "panels of int8 need a scale and an offset for each column, and rows of x";
+      const int64_t columns = panels.value().size(0) * panels.value().size(2);
+      check_shape(column_scale.value(), "column_scale", {columns});
+      check_shape(column_offset.value(), "column_offset", {columns});
+      check_dense(column_scale.value(), "column_scale"), check_dtype(column_scale.value(), "column_scale", DType::f32, "");
+      check_integers(column_offset.value(), "column_offset", kDLInt, 32);
+      g.column_scale = data<float>(column_scale), g.column_offset = data<int32_t>(column_offset);
+    } else g.panel_type = dtype_of(panels.value(), "panels");
   } else {
     if (!w.has_value()) TVM_FFI_THROW(ValueError) << "panels or w must be given";
     check_shape(w.value(), "w", {N, g.K});
@@ -204,6 +226,8 @@ void pack(TensorView w, TensorView panels, bool gated) {
   GemmPackArgs a{};
   a.w = weight_of(w, gated);
   a.products = check_panels(panels, a.w.N, a.w.K, gated);
+  if (a.products != Products::fma && a.products != products_of(true))
+    TVM_FFI_THROW(TypeError) << "weights of int8 are laid out by the caller";
   a.panels = data(panels), a.panel_type = dtype_of(panels, "panels");
   MF_CALL(gemm_pack, a);
 }

@@ -5,6 +5,7 @@
 // configures (virtual machines and emulators show the bits without it), an operating system that saves the tiles
 // (XCR0), and Linux's permission to use them, which every process has to ask for.
 #include "common.h"
+#include "cpu/gemm.h"
 
 #ifdef MF_X86
 #include <cpuid.h>
@@ -85,11 +86,36 @@ Variant variant() {
   return limit < own && own != Variant::generic ? limit : own;
 }
 
+std::optional<Products> pair_products() {
+  if (variant() == Variant::amx) return Products::tiles;
+  return variant() == Variant::avx512bf16 ? std::optional(Products::dot) : std::nullopt;
+}
+
+std::optional<Products> byte_products() {
+#ifdef MF_X86
+  unsigned a = 0, b = 0, c = 0, d = 0, subleaf = 0, none = 0;
+  if (!__get_cpuid_count(7, 0, &subleaf, &b, &c, &d)) return std::nullopt;
+#ifndef MF_EMULATED_TILES
+  const bool byte_tiles = (d >> 25 & 1) != 0;
+#else
+  const bool byte_tiles = true;
+#endif
+  if (variant() == Variant::amx && byte_tiles) return Products::byte_tiles;
+  if (variant() >= Variant::avx512) return (c >> 11 & 1) != 0 ? std::optional(Products::bytes) : std::nullopt;
+  if (variant() == Variant::avx2 && subleaf >= 1 && __get_cpuid_count(7, 1, &a, &none, &none, &none) && (a >> 4 & 1) != 0)
+    return Products::bytes;
+#endif
+  return std::nullopt;
+}
+
 namespace {
 
 tvm::ffi::String cpu_best() { return variant_name(best()); }
 tvm::ffi::String cpu_variant() { return variant_name(variant()); }
 tvm::ffi::String amx_status() { return why_no_amx(); }
+
+// Whether linear layers of int8 exist in the instruction set in use.
+bool cpu_byte_products() { return byte_products().has_value(); }
 
 // From here on calls use no instruction set above `name`; one that the processor does not have is an error.
 void cpu_limit(tvm::ffi::String name) {
@@ -109,3 +135,4 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(cpu_best, mf::cpu_best);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cpu_variant, mf::cpu_variant);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cpu_limit, mf::cpu_limit);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(amx_status, mf::amx_status);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(cpu_byte_products, mf::cpu_byte_products);
