@@ -15,10 +15,12 @@ first_query/num_queries prune the queries (a last block needs only the latent or
 
 Triton: q and k are rotated in registers as they are loaded, so neither is written rotated; unrotated rows load no
 table. head_dim 72 runs as 64 + 16 columns (`_tiles.head_split`). With q/k norm a row kernel writes the normalised,
-rotated q and k once, and the attention kernels take them as they are. CPU: native normalise + rotate, then in bf16 the
-native AMX attention, forward and backward, else torch's flash attention. flash_attn, xformers and torch's own choice
-(sdpa) can be asked for on CUDA (`_rope_attention_libraries`); which comes first is `_tiles.ATTENTION_ORDER`, and
-`rope_attention.reason(...)` says why each is or is not taken.
+rotated q and k once, and the attention kernels take them as they are. CPU, bf16 on AMX: native normalise + rotate, then
+the native attention on tiles, forward and backward. Else a forward of ours on vectors, which normalises and rotates
+while it packs (csrc/cpu/rope_attention.cpp), or torch's flash attention, whichever is faster for the shape (`_tune`),
+and torch's backward. flash_attn, xformers and torch's own choice (sdpa) can be asked for on CUDA
+(`_rope_attention_libraries`); which comes first is `_tiles.ATTENTION_ORDER`, and `rope_attention.reason(...)` says why
+each is or is not taken.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _native
+from . import _native, _tune
 from ._dispatch import no_autocast, transformed
 from ._op import Op
 from ._record import EMPTY, Backend, Sample
@@ -170,13 +172,52 @@ def _amx(x: Tensor) -> bool:
 
 
 def _native_forward(a, out):
-    q, k, v = _native_prepare(a)
-    batch, count, heads, head_dim = q.shape
-    if _amx(q):
-        y = q.new_empty(batch, count, heads * head_dim)
-        lse = q.new_empty(batch, count, heads, dtype=torch.float32)
+    if _amx(a.qkv):
+        q, k, v = _native_prepare(a)
+        y, lse = _empty(a)
         _native.lib().attention_bf16(q, k, v, y.view(q.shape), lse)
         return y, lse.transpose(1, 2)
+    return _on_vectors(a) if _fastest(a) == "native" else _torch_flash(a)
+
+
+def _empty(a):
+    """The output and its log-sum-exp, as the native kernels write it."""
+    batch, _n, _, heads, head_dim = a.qkv.shape
+    count = _count(a)
+    return a.qkv.new_empty(batch, count, heads * head_dim), a.qkv.new_empty(batch, count, heads, dtype=torch.float32)
+
+
+def _on_vectors(a):
+    y, lse = _empty(a)
+    _native.lib().rope_attention(
+        a.qkv, a.rope, a.q_weight, a.q_bias, a.k_weight, a.k_bias, a.index, y.unflatten(2, a.qkv.shape[3:]), lse,
+        a.prefix, a.first_query, _NORMS.index(a.qk_norm), a.eps,
+    )  # fmt: skip
+    return y, lse.transpose(1, 2)
+
+
+_chosen: dict[tuple[Any, ...], str] = {}
+
+
+def _fastest(a) -> str:
+    """The winner of a race over the first inputs of their shape, "native" or "torch". Without one, ours but on 4 lanes:
+    torch knows such a processor's better instructions, if any."""
+    level, dtype = _native.lib().cpu_variant(), str(a.qkv.dtype)[6:]
+    n, heads, head_dim = a.qkv.shape[1], a.qkv.shape[3], a.qkv.shape[4]
+    key = (level, torch.get_num_threads(), dtype, n, _count(a), heads, head_dim, a.rope is None, a.qk_norm)
+    if key not in _chosen:
+        rotated = "" if a.rope is None else ", rotated"
+        _chosen[key] = _tune.fastest(
+            f"attention of {_count(a)} to {n} tokens, {heads} x {head_dim}{rotated}, {a.qk_norm} norm, {dtype}",
+            {"native": lambda: _on_vectors(a), "torch": lambda: _torch_flash(a)},
+            "torch" if level in ("v2", "generic") else "native",
+        )
+    return _chosen[key]
+
+
+def _torch_flash(a):
+    q, k, v = _native_prepare(a)
+    batch, count, heads, head_dim = q.shape
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     y, lse = flash(*(x.transpose(1, 2) for x in (q, k, v)))
     _keep_non_finite(y, lse, q, k)

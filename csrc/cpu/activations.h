@@ -15,21 +15,27 @@
 namespace mf {
 namespace MF_VARIANT {
 
-// 2^t. Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits. 0 below 2^-126, infinity from
-// 2^128 on; NaN gives some number: callers multiply by the argument.
-template <bool LONG> MF_INLINE vf exp2_of(vf t) {
-  const vf low = splat(-126.0f), high = splat(128.0f), magic = splat(12582912.0f);
-  vf c = t > high ? high : t;
-  c = c < low ? low : c;
-  const vf shifted = c + magic, f = c - (shifted - magic);
+constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer, left in the low bits
+
+// 2^f for f in -1/2 .. 1/2
+template <bool LONG> MF_INLINE vf exp2_within(vf f) {
   vf p = splat(1.3333558e-3f);
   if (LONG) p = fma(fma(splat(1.5252734e-5f), f, splat(1.5403530e-4f)), f, p);
   p = fma(p, f, splat(9.6181291e-3f));
   p = fma(p, f, splat(5.5504109e-2f));
   p = fma(p, f, splat(2.4022651e-1f));
   p = fma(p, f, splat(6.9314718e-1f));
-  p = fma(p, f, splat(1.0f));
-  const vf scaled = (vf)((vu)p + ((vu)shifted << 23));
+  return fma(p, f, splat(1.0f));
+}
+
+// 2^t. 0 below 2^-126, infinity from
+// 2^128 on; NaN gives some number: callers multiply by the argument.
+template <bool LONG> MF_INLINE vf exp2_of(vf t) {
+  const vf low = splat(-126.0f), high = splat(128.0f);
+  vf c = t > high ? high : t;
+  c = c < low ? low : c;
+  const vf shifted = c + splat(kRound);
+  const vf scaled = (vf)((vu)exp2_within<LONG>(c - (shifted - splat(kRound))) + ((vu)shifted << 23));
   return t < low ? (vf){} : scaled;
 }
 

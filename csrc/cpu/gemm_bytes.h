@@ -22,8 +22,6 @@ MF_INLINE void store_bytes(uint8_t* to, vf v) {
 #endif
 }
 
-MF_INLINE vf larger(vf a, vf b) { return b > a ? b : a; }
-
 // Bytes of scratch that `quantise_rows` takes: a row in fp32, and E::rows rows of bytes.
 template <class E> constexpr int64_t quantise_scratch(int64_t dwords) { return dwords * 4 * (4 + E::rows); }
 
@@ -48,7 +46,7 @@ static void quantise_rows(const GemmArgs& g, int64_t first, int64_t rows, int64_
         v = keep(fma((v - splat(statistics.mean)) * splat(statistics.scale), affine.a, affine.c), part);
       }
       store(row + k, v, Full{});
-      largest = larger(largest, (vf)((vu)v & 0x7fffffffu));
+      largest = larger((vf)((vu)v & 0x7fffffffu), largest);
       none = fma(v, (vf){}, none);
     });
     float most = 0.0f;
@@ -69,7 +67,7 @@ static void quantise_rows(const GemmArgs& g, int64_t first, int64_t rows, int64_
     alignas(64) uint32_t lines[W == 16 ? 16 : 8][W] = {};
     for (int64_t d = 0; d < dwords; d += W) {
       for (int64_t r = 0; r < rows; ++r) memcpy(lines[r], bytes + (r * dwords + d) * 4, sizeof lines[r]);
-      transpose_out(lines, rows, W, (uint32_t*)panel + d * rows);
+      transpose_out(lines[0], W, rows, W, (uint32_t*)panel + d * rows, rows);
     }
   }
 }

@@ -30,7 +30,7 @@ template <class T, bool PAIRS, class O> static void pack_columns(const GemmWeigh
         if (PAIRS) store((bf16*)(lines[r] + half * (W / 2)), v, Full{});
         else store((float*)lines[r], v, Full{});
       }
-    transpose_out(lines, W, here, turned);
+    transpose_out(lines[0], W, W, here, turned, W);
     for (int64_t k = 0; k < here; ++k) {
       const vf v = load((const float*)turned + k * W, Full{});
       if (PAIRS) memcpy((uint32_t*)panel + (d + k) * NR, &v, sizeof v);

@@ -8,24 +8,35 @@
 namespace mf {
 namespace MF_VARIANT {
 
-// W columns of up to W rows, dwords[row][column], to dword k of a panel: to[k * rows + row], `count` values of k. Every
-// store but the last is of a whole vector, whose surplus the next one overwrites.
-MF_INLINE void transpose_out(const uint32_t (*dwords)[W], int64_t rows, int64_t count, uint32_t* to) {
+// Rows `line` dwords apart, up to W of them, transposed: dword k of row r to to[k * step + r], for `count` <= W values of k.
+// step >= rows; every store but the last is of a whole vector, whose surplus the next one overwrites where step == rows.
+MF_INLINE void transpose_out(const uint32_t* from, int64_t line, int64_t rows, int64_t count, uint32_t* to, int64_t step) {
 #if defined(MF_AVX512)
   __m512i r[16];
 #pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) r[i] = _mm512_load_si512(dwords[i]);
+  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(from + i * line);
   transpose16(r);
   const __mmask16 lanes = mask(Part{(int)rows});
 #pragma GCC unroll 16
   for (int k = 0; k < 16; ++k)
     if (k < count) {
-      if (k + 1 < count) _mm512_storeu_si512(to + k * rows, r[k]);
-      else _mm512_mask_storeu_epi32(to + k * rows, lanes, r[k]);
+      if (k + 1 < count) _mm512_storeu_si512(to + k * step, r[k]);
+      else _mm512_mask_storeu_epi32(to + k * step, lanes, r[k]);
+    }
+#elif defined(MF_AVX2)
+  __m256 r[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps((const float*)from + i * line);
+  transpose8(r);
+#pragma GCC unroll 8
+  for (int k = 0; k < 8; ++k)
+    if (k < count) {
+      if (k + 1 < count) _mm256_storeu_ps((float*)to + k * step, r[k]);
+      else store((float*)to + k * step, (vf)r[k], Part{(int)rows});
     }
 #else
   for (int64_t k = 0; k < count; ++k)
-    for (int64_t r = 0; r < rows; ++r) to[k * rows + r] = dwords[r][k];
+    for (int64_t r = 0; r < rows; ++r) to[k * step + r] = from[r * line + k];
 #endif
 }
 
@@ -119,7 +130,7 @@ template <class E, class T> static void pack_rows(const GemmArgs& g, int64_t fir
       }
     }
     if (E::tiles) memcpy((char*)panel + d / 16 * (rows > 16 ? 2048 : 1024), lines, rows > 16 ? 2048 : 1024);
-    else transpose_out(lines, rows, dwords - d < W ? dwords - d : W, (uint32_t*)panel + d * rows);
+    else transpose_out(lines[0], W, rows, dwords - d < W ? dwords - d : W, (uint32_t*)panel + d * rows, rows);
   }
 }
 

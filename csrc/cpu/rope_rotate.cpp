@@ -1,32 +1,20 @@
 // Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 // q and k of packed qkv, normalised over the head dimension (optional) and rotated (2-D RoPE, interleaved pairs).
 //
-// qkv (B, N, 3, H, hd). Tokens prefix .. prefix+M-1 are rotated by rows of rope (2, H or 1, R, hd/2) = [cos, sin]: token
-// prefix+m of image b by row index[b, m], or by row m when there is no index (M = R):
-//     out[2j] = n[2j] c[j] - n[2j+1] s[j],   out[2j+1] = n[2j] s[j] + n[2j+1] c[j]
-// where n is x, x rsqrt(mean x^2 + eps) w (rms) or LayerNorm(x) w + b (layer). Queries are computed for tokens
-// first .. first+Nq-1 only. Backward undoes the rotation on the gradients, differentiates the norm, and sums
+// Formula and layouts: cpu/rope.h. Queries are written for tokens first .. first+Nq-1 only. Backward undoes the rotation on
+// the gradients, differentiates the norm, and sums
 //     dcos[h, r, j] = sum d[2j] n[2j] + d[2j+1] n[2j+1],   dsin = sum d[2j+1] n[2j] - d[2j] n[2j+1]
 // over the tokens that row r rotated, q and k (and heads when they share a table). Its gradients may lie in dqkv already.
 //
 // Backward's work is split over groups of tokens: those of one table row, and those of one unrotated position. A row's
 // cos and sin are read once and its sums belong to one thread, so they need no second pass and have one order.
 
-#include "cpu/types.h"
+#include "cpu/rope.h"
 
 namespace mf {
 
-struct RopeArgs {
-  const void* qkv;
-  DType type;
-  int64_t B, N, H, hd, Nq, first, M, prefix;
-  const float* rope;        // null: no rotation
-  int64_t rope_heads, R;    // 1 or H; rows of the table
-  const int64_t* index;     // (B, M) rows, or null: row m
+struct RopeArgs : RopeInputs {
   const int64_t *order, *starts;  // backward with an index: entries of (B, M) sorted by row, (R + 1) where each row starts
-  const float* weights[4];  // q_weight, q_bias, k_weight, k_bias; each may be null
-  int norm;                 // 0 none, 1 rms, 2 layer
-  float eps;
   void* out[2];             // forward: q_out, k_out
   const void* d[3];         // backward: dq, dk, dv
   int64_t stride[3][3];     // their strides over B, N, H
@@ -37,7 +25,6 @@ struct RopeArgs {
   float* partials;          // blocks(groups) * 4 * hd floats: dweights before the last sum
 };
 
-constexpr int64_t kMaxHeadDim = 512;
 constexpr int64_t kGroups = 8;  // groups per item of the backward's work, whatever the number of threads
 
 constexpr int64_t groups(const RopeArgs& a) { return a.index == nullptr ? a.N : a.R + a.N - a.M; }
@@ -46,74 +33,24 @@ constexpr int64_t group_blocks(const RopeArgs& a) { return (groups(a) + kGroups 
 }  // namespace mf
 
 #ifdef MF_VARIANT
-#include "cpu/simd.h"
 
 namespace mf {
 namespace MF_VARIANT {
 
-struct Moments { vf mean, r; };
-
-// mean (zero for rms) and reciprocal root of one head's row; ones when there is no norm.
-template <int NORM, class T> MF_INLINE Moments moments(const T* x, int64_t n, float eps) {
-  if (NORM == 0) return {(vf){}, splat(1.0f)};
-  vf mean = {}, squares = {};
-  if (NORM == 2) {
-    vf total = {};
-    each(n, [&](int64_t i, auto k) { total += load(x + i, k); });
-    mean = splat(sum(total) / (float)n);
-  }
-  each(n, [&](int64_t i, auto k) {
-    const vf c = keep(load(x + i, k) - mean, k);
-    squares += c * c;
-  });
-  return {mean, splat(1.0f / __builtin_sqrtf(sum(squares) / (float)n + eps))};
-}
-
-template <int NORM, class K>
-MF_INLINE vf affine(vf xhat, const float* weight, const float* bias, int64_t i, K k) {
-  if (NORM == 0) return xhat;
-  if (weight != nullptr) xhat *= load(weight + i, k);
-  if (NORM == 2 && bias != nullptr) xhat += load(bias + i, k);
-  return xhat;
-}
-
 template <int NORM, class T> static void forward(const RopeArgs& a) {
-  const int64_t D = a.H * a.hd, half = a.hd / 2;
-  const vf sign = alternating();
+  const int64_t D = a.H * a.hd;
 #pragma omp parallel for schedule(static) if (a.B * a.N * D > kSerial)
-  for (int64_t n = 0; n < a.N; ++n) {
-    const int64_t m = n - a.prefix;
-    const bool rotated = a.rope != nullptr && m >= 0 && m < a.M;
-    for (int64_t b = 0; b < a.B; ++b) {
-      const int64_t table_row = rotated && a.index != nullptr ? a.index[b * a.M + m] : m;
+  for (int64_t n = 0; n < a.N; ++n)
+    for (int64_t b = 0; b < a.B; ++b)
       for (int which = 0; which < 2; ++which) {
         const int64_t rows = which ? a.N : a.Nq, row = which ? n : n - a.first;
         if (row < 0 || row >= rows) continue;
-        const T* x = (const T*)a.qkv + ((b * a.N + n) * 3 + which) * D;
         T* y = (T*)a.out[which] + (b * rows + row) * D;
-        if (NORM == 0 && !rotated) {
-          memcpy(y, x, sizeof(T) * D);
-          continue;
-        }
-        const float *weight = a.weights[2 * which], *bias = a.weights[2 * which + 1];
-        for (int64_t h = 0; h < a.H; ++h, x += a.hd, y += a.hd) {
-          const Moments s = moments<NORM>(x, a.hd, a.eps);
-          if (!rotated) {
-            each(a.hd, [&](int64_t i, auto k) {
-              store(y + i, affine<NORM>((load(x + i, k) - s.mean) * s.r, weight, bias, i, k), k);
-            });
-            continue;
-          }
-          const float* cos = a.rope + ((a.rope_heads == 1 ? 0 : h) * a.R + table_row) * half;
-          const float* sin = cos + a.rope_heads * a.R * half;
-          each(a.hd, [&](int64_t i, auto k) {
-            const vf v = affine<NORM>((load(x + i, k) - s.mean) * s.r, weight, bias, i, k);
-            store(y + i, v * load_twice(cos + i / 2, k) + swap_pairs(v) * (sign * load_twice(sin + i / 2, k)), k);
-          });
-        }
+        if (NORM == 0 && table_row(a, b, n) < 0) memcpy(y, (const T*)a.qkv + ((b * a.N + n) * 3 + which) * D, sizeof(T) * D);
+        else
+          for (int64_t h = 0; h < a.H; ++h, y += a.hd)
+            prepared_row<NORM, T>(a, which, b, n, h, [&](int64_t i, vf v, auto k) { store(y + i, v, k); });
       }
-    }
-  }
 }
 
 // One group of tokens: `count` of them, rotated by table row `row` or (-1) not at all.
@@ -317,82 +254,17 @@ void rope_rotate_bwd(const RopeArgs& a) {
 #ifdef MF_HOST
 #include <vector>
 
-#include "common.h"
-
 MF_DECLARE(rope_rotate, RopeArgs)
 MF_DECLARE(rope_rotate_bwd, RopeArgs)
 
 namespace mf {
 namespace {
 
-const float* weight_of(const MaybeTensor& t, const char* name, int64_t hd) {
-  if (!t.has_value()) return nullptr;
-  check_shape(t.value(), name, {hd});
-  check_dense(t.value(), name);
-  check_dtype(t.value(), name, DType::f32, "");
-  return data<float>(t);
-}
-
-// (B, M) int64 rows of the table; sets M.
-const int64_t* index_of(const TensorView& t, RopeArgs& a) {
-  check_ndim(t, "index", 2, "(B, M)");
-  a.M = t.size(1);
-  check_shape(t, "index", {a.B, a.M});
-  check_cpu(t, "index");
-  check_contiguous(t, "index");
-  const DLDataType d = t.dtype();
-  if (d.code != kDLInt || d.bits != 64 || d.lanes != 1) TVM_FFI_THROW(TypeError) << "index must be int64";
-  const int64_t* rows = data<int64_t>(t);
-  for (int64_t i = 0; i < a.B * a.M; ++i)
-    if (rows[i] < 0 || rows[i] >= a.R)
-      TVM_FFI_THROW(IndexError) << "index holds " << rows[i] << ", and rope has rows 0 .. " << a.R - 1;
-  return rows;
-}
-
-RopeArgs common_args(const TensorView& qkv, const MaybeTensor& rope, const MaybeTensor& q_weight, const MaybeTensor& q_bias,
-                     const MaybeTensor& k_weight, const MaybeTensor& k_bias, const MaybeTensor& index, int64_t Nq,
-                     int64_t prefix, int64_t first, int64_t norm, double eps) {
-  check_ndim(qkv, "qkv", 5, "(B, N, 3, H, hd)");
-  RopeArgs a{};
-  a.type = check_dense(qkv, "qkv");
-  a.B = qkv.size(0), a.N = qkv.size(1), a.H = qkv.size(3), a.hd = qkv.size(4);
-  check_shape(qkv, "qkv", {a.B, a.N, 3, a.H, a.hd});
-  a.qkv = data(qkv);
-  if (a.hd % 2 != 0 || a.hd > kMaxHeadDim)
-    TVM_FFI_THROW(ValueError) << "qkv's head dimension must be even and at most " << kMaxHeadDim << "; got " << a.hd;
-  if (norm < 0 || norm > 2) TVM_FFI_THROW(ValueError) << "norm must be 0 (none), 1 (rms) or 2 (layer); got " << norm;
-  if (first < 0 || first + Nq > a.N)
-    TVM_FFI_THROW(ValueError) << "queries " << first << ".." << first + Nq << " are outside the " << a.N << " tokens";
-  a.Nq = Nq, a.first = first, a.prefix = prefix;
-  if (rope.has_value()) {
-    const TensorView& table = rope.value();
-    check_ndim(table, "rope", 4, "(2, H or 1, R, hd/2)");
-    a.rope_heads = table.size(1), a.M = a.R = table.size(2);
-    if (a.rope_heads != 1) a.rope_heads = a.H;
-    check_shape(table, "rope", {2, a.rope_heads, a.R, a.hd / 2});
-    check_dense(table, "rope");
-    check_dtype(table, "rope", DType::f32, "");
-    a.rope = data<float>(table);
-    if (index.has_value()) a.index = index_of(index.value(), a);
-    if (prefix < 0 || prefix + a.M > a.N)
-      TVM_FFI_THROW(ValueError) << "rope covers tokens " << prefix << ".." << prefix + a.M << ", outside the " << a.N;
-  } else if (index.has_value()) {
-    TVM_FFI_THROW(ValueError) << "index names rows of rope, and there is no rope";
-  }
-  a.weights[0] = weight_of(q_weight, "q_weight", a.hd);
-  a.weights[1] = weight_of(q_bias, "q_bias", a.hd);
-  a.weights[2] = weight_of(k_weight, "k_weight", a.hd);
-  a.weights[3] = weight_of(k_bias, "k_bias", a.hd);
-  a.norm = static_cast<int>(norm);
-  a.eps = static_cast<float>(eps);
-  return a;
-}
-
 void fwd(TensorView qkv, MaybeTensor rope, MaybeTensor q_weight, MaybeTensor q_bias, MaybeTensor k_weight,
          MaybeTensor k_bias, MaybeTensor index, TensorView q_out, TensorView k_out, int64_t prefix, int64_t first,
          int64_t norm, double eps) {
   check_ndim(q_out, "q_out", 4, "(B, Nq, H, hd)");
-  RopeArgs a = common_args(qkv, rope, q_weight, q_bias, k_weight, k_bias, index, q_out.size(1), prefix, first, norm, eps);
+  RopeArgs a{rope_inputs(qkv, rope, q_weight, q_bias, k_weight, k_bias, index, q_out.size(1), prefix, first, norm, eps)};
   check_shape(q_out, "q_out", {a.B, a.Nq, a.H, a.hd});
   check_shape(k_out, "k_out", {a.B, a.N, a.H, a.hd});
   check_dense(q_out, "q_out");
@@ -407,7 +279,7 @@ void bwd(TensorView qkv, MaybeTensor rope, MaybeTensor q_weight, MaybeTensor q_b
          MaybeTensor k_bias, MaybeTensor index, TensorView dq, TensorView dk, TensorView dv, TensorView dqkv,
          MaybeTensor drope, MaybeTensor dweights, int64_t prefix, int64_t first, int64_t norm, double eps) {
   check_ndim(dq, "dq", 4, "(B, Nq, H, hd)");
-  RopeArgs a = common_args(qkv, rope, q_weight, q_bias, k_weight, k_bias, index, dq.size(1), prefix, first, norm, eps);
+  RopeArgs a{rope_inputs(qkv, rope, q_weight, q_bias, k_weight, k_bias, index, dq.size(1), prefix, first, norm, eps)};
   const TensorView* gradients[] = {&dq, &dk, &dv};
   const char* names[] = {"dq", "dk", "dv"};
   for (int i = 0; i < 3; ++i) {

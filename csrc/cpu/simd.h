@@ -64,6 +64,17 @@ MF_INLINE vf fma(vf a, vf b, vf c) {
 #endif
 }
 
+// The larger of each lane; b where one of them is NaN.
+MF_INLINE vf larger(vf a, vf b) {
+#if defined(MF_AVX512)
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(MF_AVX2)
+  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
 // ---- conversions ---------------------------------------------------------------------------------------------------
 
 MF_INLINE vu widen(vh h) {
@@ -260,6 +271,32 @@ MF_INLINE vf alternating() {
   for (int i = 0; i < W; ++i) v[i] = i % 2 ? 1.0f : -1.0f;
   return v;
 }
+
+#ifdef MF_AVX2
+// 8 x 8 dwords, transposed.
+MF_INLINE void transpose8(__m256 (&r)[8]) {
+  __m256 t[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+    r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+    r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+    r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x20);
+    t[i + 4] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x31);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) r[i] = t[i];
+}
+#endif
 
 #ifdef MF_AVX512
 // 16 x 16 dwords, transposed.
