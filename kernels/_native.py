@@ -9,7 +9,7 @@ CPU, float32, bfloat16 or float16 unless said; sums run in float32, and results 
 Its arguments are listed where it is called, in the op's record (`_native_call`), its shapes and types are checked and
 described where it is written, csrc/cpu/<op>.cpp. Beside those of the ops there are
 
-    attention_bf16_usable()    whether the AMX attention runs here
+    attention_tiles()          whether bf16 attention runs on AMX tiles here
     cpu_best(), cpu_variant()  the processor's instruction set, and the one in use (`_processor.LEVELS`)
     cpu_limit(level)           use no kernel above this one
     cuda_archs()               "8.0 9.0 ...", "" when built without nvcc

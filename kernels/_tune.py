@@ -1,7 +1,8 @@
 # Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 """Which of several ways to compute the same is the fastest on this machine: measured once, kept on disk.
 
-    fastest(key, candidates, otherwise)      the winner's name, from this process, from the file, or from a race
+    fastest(key, candidates, otherwise)      the winner's name, from this process, from the file, or from a race, which
+                                             `otherwise` loses only where another is faster by more than noise
     MAETOK_FAST_TUNE=0                       no race, no file: `otherwise`, the same on every machine of a kind
     MAETOK_FAST_CACHE                        the folder of the file, tune.json (default: ~/.cache/maetok_fast)
 
@@ -32,6 +33,7 @@ __all__ = ["SWITCH", "fastest", "machine_key", "results"]
 SWITCH = "MAETOK_FAST_TUNE"
 SECONDS = 0.006  # for each candidate in a round
 ROUNDS = 3
+CLEARLY = 0.95  # of the time of `otherwise`: ratios of two races of the same code differ by a few percent
 log = logging.getLogger("maetok_fast")
 _lock = threading.Lock()
 _tables: dict[str, dict[str, Any]] = {}  # machine -> key -> {"choice", "milliseconds"}
@@ -40,7 +42,8 @@ _tables: dict[str, dict[str, Any]] = {}  # machine -> key -> {"choice", "millise
 def fastest(key: str, candidates: Mapping[str, Callable[[], Any]], otherwise: str) -> str:
     """The name of the fastest candidate; `key` says what they compute, e.g. "linear 1152 -> 4608 gelu_tanh fp32".
 
-    candidates: name -> a call that computes it once. otherwise: the name to take where the race is off.
+    candidates: name -> a call that computes it once. otherwise: the name to take where the race is off, or nothing in
+    it is clearly faster.
     """
     if len(candidates) == 1:
         return next(iter(candidates))
@@ -51,7 +54,9 @@ def fastest(key: str, candidates: Mapping[str, Callable[[], Any]], otherwise: st
         found = table.get(key)
         if found is None or set(found["milliseconds"]) != set(candidates) or found["choice"] not in candidates:
             times = _race(candidates)
-            found = {"choice": min(times, key=times.__getitem__), "milliseconds": times}
+            first = min(times, key=times.__getitem__)
+            clear = otherwise not in times or times[first] < CLEARLY * times[otherwise]
+            found = {"choice": first if clear else otherwise, "milliseconds": times}
             table[key] = found
             _write(key, found)
         return str(found["choice"])

@@ -11,6 +11,9 @@
     "onednn"        oneDNN over its own packed layout                     as x         relu and erf-GELU in its epilogue
     "dense"         F.linear                                              as x         apart
 
+q and k are not rotated on their way out of a qkv layer: attention does that while it packs them, in registers, so that
+there is no pass to save (csrc/cpu/rope_attention.cpp, attention.cpp).
+
 Which one runs is measured: the first layer of each shape races the backends that can take it on this machine
 (`_tune`); MAETOK_FAST_TUNE=0 takes the native ones. F.linear re-lays the weight inside every call, or leaves it in rows
 that no vector reads in order; oneDNN packs it but evaluates a table per element for tanh-GELU (25-30 % of the product).

@@ -15,12 +15,11 @@ first_query/num_queries prune the queries (a last block needs only the latent or
 
 Triton: q and k are rotated in registers as they are loaded, so neither is written rotated; unrotated rows load no
 table. head_dim 72 runs as 64 + 16 columns (`_tiles.head_split`). With q/k norm a row kernel writes the normalised,
-rotated q and k once, and the attention kernels take them as they are. CPU, bf16 on AMX: native normalise + rotate, then
-the native attention on tiles, forward and backward. Else a forward of ours on vectors, which normalises and rotates
-while it packs (csrc/cpu/rope_attention.cpp), or torch's flash attention, whichever is faster for the shape (`_tune`),
-and torch's backward. flash_attn, xformers and torch's own choice (sdpa) can be asked for on CUDA
-(`_rope_attention_libraries`); which comes first is `_tiles.ATTENTION_ORDER`, and `rope_attention.reason(...)` says why
-each is or is not taken.
+rotated q and k once, and the attention kernels take them as they are. CPU: the native kernels normalise and rotate while
+they pack; in bf16 on AMX tiles, forward and backward (csrc/cpu/attention*.cpp), else on vectors
+(csrc/cpu/rope_attention.cpp) or by torch's flash attention, whichever is faster for the shape (`_tune`), and backward by
+torch. flash_attn, xformers and torch's own choice (sdpa) can be asked for on CUDA (`_rope_attention_libraries`); which
+comes first is `_tiles.ATTENTION_ORDER`, and `rope_attention.reason(...)` says why each is or is not taken.
 """
 
 from __future__ import annotations
@@ -164,31 +163,21 @@ def _native_prepare(a):
     return q, k, v
 
 
-def _amx(x: Tensor) -> bool:
-    """Whether csrc/cpu/attention*.cpp take it: bf16 on a processor with tiles. Measured against torch's flash attention
+def _on_tiles(x: Tensor) -> bool:
+    """Whether csrc/cpu/attention*.cpp take it: bf16 on a processor with AMX. Measured against torch's flash attention
     (2 threads; forward, backward): 128 tokens of 16 x 72: 1.2, 8 times as fast; 1024: 1.6, 2.0; 385 of 12 x 64: 3, 4.5;
     128 queries of 385: 3, 6. No shape was found where torch wins."""
-    return x.dtype == torch.bfloat16 and bool(_native.lib().attention_bf16_usable())
+    return x.dtype == torch.bfloat16 and bool(_native.lib().attention_tiles())
 
 
 def _native_forward(a, out):
-    if _amx(a.qkv):
-        q, k, v = _native_prepare(a)
-        y, lse = _empty(a)
-        _native.lib().attention_bf16(q, k, v, y.view(q.shape), lse)
-        return y, lse.transpose(1, 2)
-    return _on_vectors(a) if _fastest(a) == "native" else _torch_flash(a)
+    return _own(a) if _on_tiles(a.qkv) or _fastest(a) == "native" else _torch_flash(a)
 
 
-def _empty(a):
-    """The output and its log-sum-exp, as the native kernels write it."""
+def _own(a):
     batch, _n, _, heads, head_dim = a.qkv.shape
-    count = _count(a)
-    return a.qkv.new_empty(batch, count, heads * head_dim), a.qkv.new_empty(batch, count, heads, dtype=torch.float32)
-
-
-def _on_vectors(a):
-    y, lse = _empty(a)
+    y = a.qkv.new_empty(batch, _count(a), heads * head_dim)
+    lse = a.qkv.new_empty(batch, _count(a), heads, dtype=torch.float32)
     _native.lib().rope_attention(
         a.qkv, a.rope, a.q_weight, a.q_bias, a.k_weight, a.k_bias, a.index, y.unflatten(2, a.qkv.shape[3:]), lse,
         a.prefix, a.first_query, _NORMS.index(a.qk_norm), a.eps,
@@ -209,7 +198,7 @@ def _fastest(a) -> str:
         rotated = "" if a.rope is None else ", rotated"
         _chosen[key] = _tune.fastest(
             f"attention of {_count(a)} to {n} tokens, {heads} x {head_dim}{rotated}, {a.qk_norm} norm, {dtype}",
-            {"native": lambda: _on_vectors(a), "torch": lambda: _torch_flash(a)},
+            {"native": lambda: _own(a), "torch": lambda: _torch_flash(a)},
             "torch" if level in ("v2", "generic") else "native",
         )
     return _chosen[key]
@@ -243,7 +232,7 @@ def _native_backward(a, out, g, d):
     grad, y = g.y.view(q.shape), out.y.view(q.shape)
     dq, dk, dv = d.qkv.unbind(2)
     dq = dq[:, first : first + count]
-    if _amx(q):
+    if _on_tiles(q):
         _native.lib().attention_bf16_bwd(q, k, v, y, grad, out.lse.transpose(1, 2), dq, dk, dv)
         if a.rope is None and a.qk_norm == "none":
             d.qkv[:, :first, 0].zero_()

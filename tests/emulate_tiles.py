@@ -11,7 +11,7 @@ from pathlib import Path
 
 import emulate
 
-SOURCES = ("attention", "attention_bwd", "gemm", "gemm_pack", "peak")
+SOURCES = ("attention", "attention_bwd", "gemm", "gemm_pack", "peak", "rope_attention")
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fopenmp", "-Wno-psabi", "-DMF_X86", "-DMF_EMULATED_TILES"]
 KERNEL = ["-march=x86-64-v4", "-mavx512bf16", "-DMF_VARIANT=avx512bf16", "-ffp-contract=off"]
 

@@ -1,5 +1,6 @@
 # Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
-"""attention_bf16 and its backward (csrc/cpu/attention*.cpp) against fp64, by the rule with torch's bf16 as the peer."""
+"""Attention on AMX tiles and its backward (csrc/cpu/attention*.cpp) against fp64, by the rule with torch's bf16 as the
+peer. What it shares with attention on vectors: test_vector_attention.py."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from maetok_fast.kernels import _native
 def usable() -> bool:
     if _native.why_missing() is not None:
         return False
-    return bool(_native.lib().attention_bf16_usable())
+    return bool(_native.lib().attention_tiles())
 
 
 pytestmark = pytest.mark.skipif(not usable(), reason="needs the native library and a processor with AMX-BF16")
@@ -35,7 +36,7 @@ SHAPES: list[Shape] = [
 
 
 def packed(shape: Shape, scale: float = 1.5) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q, k, v as views of one qkv, and a gradient."""
+    """q, k, v as views of one qkv, q of some of its tokens, and a gradient."""
     batch, tokens, heads, dim, first, queries = shape
     q, k, v = (scale * torch.randn(batch, tokens, 3, heads, dim)).bfloat16().unbind(2)
     return q[:, first : first + queries], k, v, torch.randn(batch, queries, heads, dim).bfloat16()
@@ -50,7 +51,9 @@ def guarded(*shape: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, T
 def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     out, zone = guarded(*q.shape)
     lse, lse_zone = guarded(*q.shape[:3], dtype=torch.float32)
-    _native.lib().attention_bf16(q, k, v, out, lse)
+    qkv = torch.stack((torch.zeros_like(k), k, v), 2)
+    qkv[:, : q.shape[1], 0] = q
+    _native.lib().rope_attention(qkv, *(None,) * 6, out, lse, 0, 0, 0, 1e-6)
     assert zone.isnan().all()
     assert lse_zone.isnan().all()
     return out, lse
@@ -138,15 +141,15 @@ def test_what_is_not_finite_stays_in_its_image_and_head(bad: float) -> None:
 
 def test_refusals() -> None:
     q = torch.zeros(1, 4, 2, 16, dtype=torch.bfloat16)
-    out, lse = torch.empty_like(q), torch.empty(1, 4, 2)
+    out, lse, bwd = torch.empty_like(q), torch.empty(1, 4, 2), _native.lib().attention_bf16_bwd
     with pytest.raises(TypeError, match="q must be bfloat16"):
-        _native.lib().attention_bf16(q.float(), q, q, out, lse)
+        bwd(q.float(), q, q, out, out, lse, q, q, q)
     with pytest.raises(ValueError, match="k must have shape"):
-        _native.lib().attention_bf16(q, q[..., :8].contiguous(), q, out, lse)
+        bwd(q, q[..., :8].contiguous(), q, out, out, lse, q, q, q)
     strided = q.transpose(1, 2).contiguous().transpose(1, 2)
     with pytest.raises(ValueError, match="contiguous heads"):
-        _native.lib().attention_bf16(strided, q, q, out, lse)
+        bwd(strided, q, q, out, out, lse, q, q, q)
     with pytest.raises(ValueError, match=r"dout must have shape \(1, 4, 2, 16\)"):
-        _native.lib().attention_bf16_bwd(q, q, q, out, out[:, :3], lse, q, q, q)
+        bwd(q, q, q, out, out[:, :3], lse, q, q, q)
     with pytest.raises(ValueError, match="dk must have contiguous heads"):
-        _native.lib().attention_bf16_bwd(q, q, q, out, out, lse, q, strided, q)
+        bwd(q, q, q, out, out, lse, q, strided, q)

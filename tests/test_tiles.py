@@ -10,6 +10,7 @@ import emulate_tiles
 import pytest
 import rule
 import test_int8
+import test_vector_attention
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -111,10 +112,11 @@ def test_results_do_not_depend_on_threads() -> None:
 
 def test_attention(library: Any) -> None:
     """The forward and the backward of csrc/cpu/attention*.cpp, whose own tests need a processor with tiles."""
-    q, k, v, grad = (torch.randn(2, 50, 3, 24).bfloat16() for _ in range(4))
-    out, lse = torch.empty_like(q), torch.empty(2, 50, 3)
-    library.attention_bf16(q, k, v, out, lse)
-    gradients = [torch.empty_like(q) for _ in range(3)]
+    qkv, grad = torch.randn(2, 50, 3, 3, 24).bfloat16(), torch.randn(2, 50, 3, 24).bfloat16()
+    q, k, v = qkv.unbind(2)
+    out, lse = torch.empty_like(grad), torch.empty(2, 50, 3)
+    library.rope_attention(qkv, *(None,) * 6, out, lse, 0, 0, 0, 1e-6)
+    gradients = [torch.empty_like(grad) for _ in range(3)]
     library.attention_bf16_bwd(q, k, v, out, grad, lse, *gradients)
 
     def plain(dtype: torch.dtype) -> dict[str, Tensor]:
@@ -125,6 +127,13 @@ def test_attention(library: Any) -> None:
 
     got = {"out": out, **{f"d_{n}": g for n, g in zip("qkv", gradients)}}
     rule.assert_rule(got, plain(torch.bfloat16), plain(torch.float64), (q, k, v))
+
+
+@pytest.mark.parametrize("sample", test_vector_attention.SMALL, ids=[s.label for s in test_vector_attention.SMALL])
+def test_attention_that_rotates(sample: Any) -> None:
+    assert _native.lib().attention_tiles()
+    given = sample.make(lambda *shape, dtype=torch.float32: torch.randn(*shape, dtype=dtype))
+    test_vector_attention.check(test_vector_attention.args(given.pop("qkv"), **given), torch.bfloat16)
 
 
 def test_the_peak_runs(library: Any) -> None:

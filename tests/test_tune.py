@@ -64,6 +64,14 @@ def test_the_fastest_is_taken_once_and_kept(own_file: Path) -> None:
     assert os.listdir(own_file.parent) == ["tune.json"], "nothing half-written is left"
 
 
+@pytest.mark.parametrize(("other", "taken"), [(0.94, "other"), (0.96, "first"), (1.2, "first")])
+def test_noise_decides_nothing(other: float, taken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_tune, "_race", lambda candidates: {"first": 1.0, "other": other, "third": 2.0})
+    ways = dict.fromkeys(("first", "other", "third"), lambda: None)
+    assert _tune.fastest("a", ways, "first") == taken
+    assert _tune.results()["a"]["choice"] == taken
+
+
 def test_other_candidates_are_another_race() -> None:
     assert _tune.fastest("a", {"slow": sleeps(0.01), "fast": sleeps(0.0)}, "slow") == "fast"
     assert _tune.fastest("a", {"slow": sleeps(0.01), "slower": sleeps(0.02)}, "slower") == "slow"

@@ -56,7 +56,7 @@ def value_and_lse(a: Any) -> dict[str, Tensor]:
 
 def check(a: Any, dtype: torch.dtype) -> None:
     a = in_dtype(a, dtype)
-    y, lse = module._on_vectors(a)
+    y, lse = module._own(a)
     rule.assert_rule({"y": y, "lse": lse}, value_and_lse(a), value_and_lse(in_dtype(a, torch.float64)), (a.qkv,))
 
 
@@ -97,7 +97,7 @@ def test_nothing_else_is_written_and_threads_change_nothing() -> None:
     for y, lse in results[1:]:
         assert torch.equal(y, results[0][0])
         assert torch.equal(lse, results[0][1])
-    assert torch.equal(results[0][0], module._on_vectors(a)[0])
+    assert torch.equal(results[0][0], module._own(a)[0])
 
 
 @pytest.mark.usefixtures("instruction_set")
@@ -108,7 +108,7 @@ def test_scores_far_apart() -> None:
     qkv[0, :, 1, 0, 0] = torch.tensor([-3e4, 0.0, 3e4])
     qkv[0, :, 0, 0, 0] = 1e3
     qkv[0, :, 2, 0, 0] = torch.tensor([1.0, 2.0, 3.0])
-    y, lse = module._on_vectors(args(qkv))
+    y, lse = module._own(args(qkv))
     assert (y[..., 0] == 3).all()
     assert lse.tolist() == [[[1.5e7] * 3]]
 
@@ -119,9 +119,9 @@ def test_scores_far_apart() -> None:
 def test_what_is_not_finite_stays_in_its_image_and_head(bad: float, which: int) -> None:
     """As in torch's written-out attention: a query's own row, every row of a key's or a value's head, nothing else."""
     qkv = torch.randn(3, 40, 3, 4, 8)
-    clean, _ = module._on_vectors(args(qkv))
+    clean, _ = module._own(args(qkv))
     qkv[1, 17, which, 2, 5] = bad
-    y, _ = module._on_vectors(args(qkv))
+    y, _ = module._own(args(qkv))
     q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))
     want = ((q @ k.transpose(-2, -1) * 8**-0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
     assert torch.equal(y.isnan(), want.isnan())

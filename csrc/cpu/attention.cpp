@@ -1,48 +1,16 @@
 // Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
-// attention_bf16: softmax(q k^T / sqrt(D)) v on AMX tiles, for sequences short enough that a row of scores fits in cache.
+// attention: softmax(q k^T / sqrt(D)) v of packed bf16 qkv on AMX tiles, for sequences short enough that a row of scores
+// fits in cache. rope_attention.cpp has the host side, and the same on vectors.
 //
-//   per (image, head):  K -> channel pairs x keys, V -> key pairs x channels      (packed once, cpu/amx.h)
+//   per (image, head):  K -> channel pairs x keys, V -> key pairs x channels      (packed once, cpu/amx.h), K and Q normed
+//                                                                                  and rotated before, 16 rows at a time
 //     per 32 queries:   S = Q K^T (fp32) -> P = 2^(S log2(e)/sqrt(D) - max), bf16, unnormalised -> O = P V (fp32) / sum
 //
 // The whole row of scores is there before the maximum is taken, so nothing is rescaled as in streaming softmax; 32 rows
 // of N fp32 scores are 49 KB at 385 tokens and 148 KB at 1153, within a core's second-level cache. Scores and sums stay
 // fp32; P and the result are rounded to bf16 once each, as in torch's flash attention. log-sum-exp comes out for the
 // backward (attention_bwd.cpp). A query's result depends on nothing but its own row, whatever the number of threads.
-// Runs where variant() is amx (cpu/host/processor.cpp); `attention_bf16_usable` asks.
-#include <cstdint>
-
-#include "cpu/types.h"
-
-namespace mf {
-
-struct AttentionArgs {
-  const uint16_t *q, *k, *v;               // heads and channels contiguous; token and image strides below, in elements
-  uint16_t* out;                           // (B, queries, heads, D) contiguous
-  float* lse;                              // (B, queries, heads) contiguous, natural logarithm
-  int64_t batch, queries, keys, heads, dim;
-  int64_t q_token, k_token, v_token, q_image, k_image, v_image;
-  float scale;
-  char* scratch;                           // AttentionScratch(keys, dim).bytes per thread
-};
-
-namespace {
-
-constexpr int64_t kQueries = 32;  // at a time: two tiles
-
-// A thread's scratch: offsets in bytes.
-struct AttentionScratch {
-  int64_t channel_steps, channel_tiles, padded, score_line, p_line;  // lines are one step longer than a power of two
-  int64_t k, v, q, p, scores, o, bytes;
-  AttentionScratch(int64_t keys, int64_t dim)
-      : channel_steps((dim + 31) / 32), channel_tiles((dim + 15) / 16), padded((keys + 31) / 32 * 32),
-        score_line(padded * 4 + 64), p_line(padded * 2 + 64),
-        k(0), v(k + padded / 16 * channel_steps * 1024), q(v + padded / 32 * channel_tiles * 1024),
-        p(q + 2 * channel_steps * 1024), scores(p + kQueries * p_line), o(scores + kQueries * score_line),
-        bytes(o + 2 * channel_tiles * 1024) {}
-};
-
-}  // namespace
-}  // namespace mf
+#include "cpu/rope_attention.h"
 
 #ifdef MF_VARIANT
 #include "cpu/amx.h"
@@ -55,6 +23,32 @@ struct AttentionScratch {
 
 namespace mf::MF_VARIANT {
 namespace {
+
+constexpr int64_t kQueries = 32;  // at a time: two tiles
+
+// A thread's scratch: offsets in bytes.
+struct Layout {
+  int64_t channel_steps, channel_tiles, padded, score_line, p_line;  // lines are one step longer than a power of two
+  int64_t k, v, q, p, scores, o, rows, bytes;
+  explicit Layout(const RopeInputs& a)
+      : channel_steps((a.hd + 31) / 32), channel_tiles((a.hd + 15) / 16), padded((a.N + 31) / 32 * 32),
+        score_line(padded * 4 + 64), p_line(padded * 2 + 64),
+        k(0), v(k + padded / 16 * channel_steps * 1024), q(v + padded / 32 * channel_tiles * 1024),
+        p(q + 2 * channel_steps * 1024), scores(p + kQueries * p_line), o(scores + kQueries * score_line),
+        rows(o + 2 * channel_tiles * 1024), bytes((rows + 16 * a.hd * 2 + 63) / 64 * 64) {}
+};
+
+// Rows of q or k as they are multiplied: `stride` apart, where they lie in qkv or in a thread's scratch.
+struct Rows { const uint16_t* first; int64_t stride; };
+
+// Tokens n .. n + count - 1, 16 at most, of head h of image b, normed and rotated into `scratch` where they have to be.
+template <int NORM> Rows prepared_rows(const RopeAttentionArgs& a, int which, int64_t b, int64_t h, int64_t n, int64_t count, uint16_t* scratch) {
+  if (NORM == 0 && a.rope == nullptr)
+    return {(const uint16_t*)a.qkv + (((b * a.N + n) * 3 + which) * a.H + h) * a.hd, 3 * a.H * a.hd};
+  for (int64_t r = 0; r < count; ++r)
+    prepared_row<NORM, bf16>(a, which, b, n + r, h, [&](int64_t i, vf v, auto k) { store((bf16*)scratch + r * a.hd + i, v, k); });
+  return {scratch, a.hd};
+}
 
 // One row: P = 2^(scores * scale - max); returns the sum of P, the scaled maximum in `top`.
 MF_AMX float exponentials(float* scores, uint16_t* p, int64_t keys, int64_t padded, float scale, float* top) {
@@ -77,15 +71,17 @@ MF_AMX float exponentials(float* scores, uint16_t* p, int64_t keys, int64_t padd
 }
 
 // Queries begin .. end - 1 of one head.
-MF_AMX void one_head(const AttentionArgs& a, const AttentionScratch& z, int64_t image, int64_t head, int64_t begin,
-                     int64_t end, char* scratch) {
-  const uint16_t* q = a.q + image * a.q_image + head * a.dim;
-  const uint16_t* k = a.k + image * a.k_image + head * a.dim;
-  const uint16_t* v = a.v + image * a.v_image + head * a.dim;
-  for (int64_t n = 0; n < z.padded; n += 16)
-    transpose_rows(k + n * a.k_token, a.k_token, a.keys - n, a.dim, scratch + z.k + n / 16 * z.channel_steps * TILE);
+template <int NORM> MF_AMX void one_head(const RopeAttentionArgs& a, const Layout& z, int64_t image, int64_t head, int64_t begin, int64_t end, char* scratch) {
+  uint16_t* const lines = reinterpret_cast<uint16_t*>(scratch + z.rows);
+  const int64_t token = 3 * a.H * a.hd;
+  const uint16_t* v = (const uint16_t*)a.qkv + ((image * a.N * 3 + 2) * a.H + head) * a.hd;
+  for (int64_t n = 0; n < z.padded; n += 16) {
+    const int64_t here = a.N - n < 16 ? a.N - n : 16;
+    const Rows k = prepared_rows<NORM>(a, 1, image, head, n, here, lines);
+    transpose_rows(k.first, k.stride, here, a.hd, scratch + z.k + n / 16 * z.channel_steps * TILE);
+  }
   for (int64_t n = 0; n < z.padded; n += 32)
-    pair_rows(v + n * a.v_token, a.v_token, a.keys - n, a.dim, scratch + z.v + n / 32 * z.channel_tiles * TILE);
+    pair_rows(v + n * token, token, a.N - n, a.hd, scratch + z.v + n / 32 * z.channel_tiles * TILE);
   const Matrix queries{scratch + z.q, z.channel_steps * TILE, TILE};
   const Matrix keys{scratch + z.k, TILE, z.channel_steps * TILE}, values{scratch + z.v, z.channel_tiles * TILE, TILE};
   const Matrix scores{scratch + z.scores, 16 * z.score_line, 64, z.score_line};
@@ -94,49 +90,52 @@ MF_AMX void one_head(const AttentionArgs& a, const AttentionScratch& z, int64_t 
   const float scale = a.scale * LOG2E;
   for (int64_t m = begin; m < end; m += kQueries) {
     const int64_t rows = end - m < kQueries ? end - m : kQueries, tiles = (rows + 15) / 16;
-    for (int64_t t = 0; t < tiles; ++t)
-      copy_rows(q + (m + 16 * t) * a.q_token, a.q_token, rows - 16 * t, a.dim, queries.base + t * queries.row);
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t here = rows - 16 * t < 16 ? rows - 16 * t : 16;
+      const Rows q = prepared_rows<NORM>(a, 0, image, head, a.first + m + 16 * t, here, lines);
+      copy_rows(q.first, q.stride, here, a.hd, queries.base + t * queries.row);
+    }
     stores_are_done();
     product(queries, keys, scores, tiles, z.padded / 16, z.channel_steps, false);
     float total[kQueries];
     for (int64_t r = 0; r < rows; ++r) {
       float top;
       total[r] = exponentials(reinterpret_cast<float*>(scores.base + r * z.score_line),
-                              reinterpret_cast<uint16_t*>(weights.base + r * z.p_line), a.keys, z.padded, scale, &top);
-      a.lse[(image * a.queries + m + r) * a.heads + head] = top * LN2 + std::log(total[r]);
+                              reinterpret_cast<uint16_t*>(weights.base + r * z.p_line), a.N, z.padded, scale, &top);
+      a.lse[(image * a.Nq + m + r) * a.H + head] = top * LN2 + std::log(total[r]);
     }
     stores_are_done();  // rows of P beyond `rows` hold anything: they reach only rows of O that nobody reads
     product(weights, values, sums, tiles, z.channel_tiles, z.padded / 32, false);
     for (int64_t r = 0; r < rows; ++r) {
       const __m512 factor = _mm512_set1_ps(1.f / total[r]);
-      uint16_t* to = a.out + ((image * a.queries + m + r) * a.heads + head) * a.dim;
+      uint16_t* to = (uint16_t*)a.out + ((image * a.Nq + m + r) * a.H + head) * a.hd;
       const char* from = sums.base + r / 16 * sums.row + r % 16 * 64;
-      for (int64_t d = 0; d < a.dim; d += 16, from += TILE) store_bf16(to + d, _mm512_load_ps(from), factor, a.dim - d);
+      for (int64_t d = 0; d < a.hd; d += 16, from += TILE) store_bf16(to + d, _mm512_load_ps(from), factor, a.hd - d);
     }
   }
 }
 
-MF_AMX void all_heads(const AttentionArgs& a, const AttentionScratch& z) {
+template <int NORM> MF_AMX void all_heads(const RopeAttentionArgs& a, const Layout& z) {
   const Tiles tiles;
   char* scratch = a.scratch + omp_get_thread_num() * z.bytes;
-  // Fewer heads than threads share a head's queries, 128 or more each: K and V are packed again for each share.
-  const int64_t heads = a.batch * a.heads, threads = omp_get_num_threads(), most = (a.queries + 127) / 128;
-  const int64_t wanted = heads > 0 ? (threads + heads - 1) / heads : 1, shares = wanted < most ? wanted : most;
-  const int64_t share = ((a.queries + shares - 1) / shares + kQueries - 1) / kQueries * kQueries;
+  const Shares shares(a, kQueries, 128);
 #pragma omp for schedule(dynamic)
-  for (int64_t i = 0; i < heads * shares; ++i) {
-    const int64_t head = i / shares, begin = i % shares * share, end = begin + share < a.queries ? begin + share : a.queries;
-    if (begin < end) one_head(a, z, head / a.heads, head % a.heads, begin, end, scratch);
+  for (int64_t i = 0; i < shares.count; ++i) {
+    const Share queries = shares.queries(i);
+    if (queries.begin < queries.end) one_head<NORM>(a, z, shares.image(i), shares.head(i), queries.begin, queries.end, scratch);
   }
 }
 
 }  // namespace
 
-void attention(const AttentionArgs& a) {
-  const AttentionScratch layout(a.keys, a.dim);
-  if (a.queries == 0) return;
-#pragma omp parallel
-  all_heads(a, layout);
+void attention(const RopeAttentionArgs& a) {
+  const Layout layout(a);
+  if (a.scratch == nullptr) {
+    *a.scratch_bytes = a.threads * layout.bytes;
+    return;
+  }
+#pragma omp parallel num_threads(a.threads)
+  a.norm == 0 ? all_heads<0>(a, layout) : a.norm == 1 ? all_heads<1>(a, layout) : all_heads<2>(a, layout);
 }
 
 }  // namespace mf::MF_VARIANT
@@ -144,38 +143,8 @@ void attention(const AttentionArgs& a) {
 #else
 
 namespace mf::MF_VARIANT {
-void attention(const AttentionArgs&) {}
+void attention(const RopeAttentionArgs&) {}
 }  // namespace mf::MF_VARIANT
 
 #endif
-#endif
-
-#ifdef MF_HOST
-#include <cmath>
-
-#include "cpu/attention.h"
-
-MF_DECLARE(attention, AttentionArgs)
-
-namespace mf {
-namespace {
-
-int64_t attention_bf16_usable() { return variant() == Variant::amx ? 1 : 0; }
-
-void attention_bf16(TensorView q, TensorView k, TensorView v, TensorView out, TensorView lse) {
-  const AttentionSizes s = check_attention(q, k, v, out, lse);
-  const AttentionScratch layout(s.keys, s.dim);
-  const Scratch scratch(omp_get_max_threads() * layout.bytes / 4);
-  const AttentionArgs args{data<uint16_t>(q), data<uint16_t>(k), data<uint16_t>(v),
-                           data<uint16_t>(out), data<float>(lse), s.batch, s.queries, s.keys, s.heads, s.dim,
-                           q.stride(1), k.stride(1), v.stride(1), q.stride(0), k.stride(0), v.stride(0),
-                           attention_scale(s), reinterpret_cast<char*>(scratch.get())};
-  MF_CALL(attention, args)
-}
-
-}  // namespace
-}  // namespace mf
-
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention_bf16, mf::attention_bf16);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention_bf16_usable, mf::attention_bf16_usable);
 #endif

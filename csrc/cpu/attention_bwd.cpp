@@ -212,12 +212,42 @@ void attention_bwd(const AttentionBwdArgs&) {}
 #endif
 
 #ifdef MF_HOST
-#include "cpu/attention.h"
+#include "cpu/rope.h"
 
 MF_DECLARE(attention_bwd, AttentionBwdArgs)
 
 namespace mf {
 namespace {
+
+struct AttentionSizes {
+  int64_t batch, queries, keys, heads, dim;
+};
+
+// (B, N, heads, head_dim) in bf16 with the last two dimensions contiguous, any image and token strides.
+void check_heads(const TensorView& t, const char* name) {
+  check_cpu(t, name);
+  check_ndim(t, name, 4, "(B, N, heads, head_dim)");
+  check_dtype(t, name, DType::bf16, "");
+  if (t.stride(3) != 1 || (t.size(2) > 1 && t.stride(2) != t.size(3)))
+    TVM_FFI_THROW(ValueError) << name << " must have contiguous heads and channels; call .contiguous() on it";
+}
+
+AttentionSizes check_attention(const TensorView& q, const TensorView& k, const TensorView& v,
+                                      const TensorView& out, const TensorView& lse) {
+  check_heads(q, "q"), check_heads(k, "k"), check_heads(v, "v");
+  const AttentionSizes s{q.size(0), q.size(1), k.size(1), q.size(2), q.size(3)};
+  check_shape(k, "k", {s.batch, s.keys, s.heads, s.dim});
+  check_shape(v, "v", {s.batch, s.keys, s.heads, s.dim});
+  check_shape(out, "out", {s.batch, s.queries, s.heads, s.dim});
+  check_shape(lse, "lse", {s.batch, s.queries, s.heads});
+  if (check_dense(out, "out") != DType::bf16 || check_dense(lse, "lse") != DType::f32)
+    TVM_FFI_THROW(TypeError) << "out must be bfloat16 and lse float32";
+  if (s.dim % 2 != 0 || s.keys == 0)
+    TVM_FFI_THROW(ValueError) << "head_dim must be even and there must be keys; got " << shape_text(k);
+  if (variant() != Variant::amx)
+    TVM_FFI_THROW(RuntimeError) << "needs AMX tiles, the instruction set in use is " << variant_name(variant());
+  return s;
+}
 
 void attention_bf16_bwd(TensorView q, TensorView k, TensorView v, TensorView out, TensorView dout, TensorView lse,
                         TensorView dq, TensorView dk, TensorView dv) {
@@ -234,7 +264,7 @@ void attention_bf16_bwd(TensorView q, TensorView k, TensorView v, TensorView out
   AttentionBwdArgs args{data<uint16_t>(q), data<uint16_t>(k), data<uint16_t>(v), data<uint16_t>(out),
                         data<uint16_t>(dout), data<float>(lse), data<uint16_t>(dq), data<uint16_t>(dk),
                         data<uint16_t>(dv), s.batch, s.queries, s.keys, s.heads, s.dim, {}, {},
-                        attention_scale(s), reinterpret_cast<char*>(scratch.get())};
+                        attention_scale(s.dim), reinterpret_cast<char*>(scratch.get())};
   const TensorView* strided[] = {&q, &k, &v, &dq, &dk, &dv};
   for (int i = 0; i < 6; ++i) args.token[i] = strided[i]->stride(1), args.image[i] = strided[i]->stride(0);
   MF_CALL(attention_bwd, args)

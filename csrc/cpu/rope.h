@@ -92,9 +92,13 @@ MF_INLINE void prepared_row(const RopeInputs& a, int which, int64_t b, int64_t n
 #endif
 
 #ifdef MF_HOST
+#include <cmath>
+
 #include "common.h"
 
 namespace mf {
+
+inline float attention_scale(int64_t hd) { return static_cast<float>(1.0 / std::sqrt(static_cast<double>(hd))); }
 
 inline const float* head_weight(const MaybeTensor& t, const char* name, int64_t hd) {
   if (!t.has_value()) return nullptr;

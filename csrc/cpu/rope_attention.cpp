@@ -14,20 +14,7 @@
 // Predicted at hd 64 per vector of scores: 128 multiply-adds, about 20 operations of the softmax (15 %), a block's 2 NR hd
 // numbers transposed on their way in and out (2 % at 385 keys): 75 to 80 % of the peak that the GEMM reaches 85 % of.
 
-#include "cpu/rope.h"
-
-namespace mf {
-
-struct RopeAttentionArgs : RopeInputs {
-  void* out;   // (B, Nq, H, hd), qkv's type
-  float* lse;  // (B, Nq, H)
-  float scale;
-  int threads;
-  char* scratch;  // null: only say in *scratch_bytes how much it takes
-  int64_t* scratch_bytes;
-};
-
-}  // namespace mf
+#include "cpu/rope_attention.h"
 
 #ifdef MF_VARIANT
 #include "cpu/activations.h"
@@ -154,13 +141,12 @@ template <int NORM, class T> void one_head(const RopeAttentionArgs& a, const Att
 }
 
 template <int NORM, class T> void all_heads(const RopeAttentionArgs& a, const AttentionLayout& z) {
-  // Fewer heads than threads share a head's queries, 4 NR or more each: K and V are packed again for each share.
-  const int64_t heads = a.B * a.H, most = (a.Nq + 4 * NR - 1) / (4 * NR), wanted = (a.threads + heads - 1) / heads;
-  const int64_t shares = wanted < most ? wanted : most, share = ((a.Nq + shares - 1) / shares + NR - 1) / NR * NR;
+  const Shares shares(a, NR, 4 * NR);
 #pragma omp parallel for schedule(dynamic) num_threads(a.threads)
-  for (int64_t i = 0; i < heads * shares; ++i) {
-    const int64_t head = i / shares, begin = i % shares * share, end = begin + share < a.Nq ? begin + share : a.Nq;
-    if (begin < end) one_head<NORM, T>(a, z, head / a.H, head % a.H, begin, end, (float*)a.scratch + omp_get_thread_num() * z.floats);
+  for (int64_t i = 0; i < shares.count; ++i) {
+    const Share queries = shares.queries(i);
+    if (queries.begin < queries.end)
+      one_head<NORM, T>(a, z, shares.image(i), shares.head(i), queries.begin, queries.end, (float*)a.scratch + omp_get_thread_num() * z.floats);
   }
 }
 
@@ -183,12 +169,23 @@ void rope_attention(const RopeAttentionArgs& a) {
 #endif
 
 #ifdef MF_HOST
-#include <cmath>
-
 MF_DECLARE(rope_attention, RopeAttentionArgs)
+MF_DECLARE(attention, RopeAttentionArgs)
 
 namespace mf {
 namespace {
+
+// Whether `type` runs on tiles here.
+bool on_tiles(DType type) { return type == DType::bf16 && variant() == Variant::amx; }
+bool attention_tiles() { return on_tiles(DType::bf16); }
+
+void run(const RopeAttentionArgs& a) {
+  if (on_tiles(a.type)) {
+    MF_CALL(attention, a);
+  } else {
+    MF_CALL(rope_attention, a);
+  }
+}
 
 void attention(TensorView qkv, MaybeTensor rope, MaybeTensor q_weight, MaybeTensor q_bias, MaybeTensor k_weight,
                MaybeTensor k_bias, MaybeTensor index, TensorView out, TensorView lse, int64_t prefix, int64_t first,
@@ -201,18 +198,19 @@ void attention(TensorView qkv, MaybeTensor rope, MaybeTensor q_weight, MaybeTens
   check_dense(lse, "lse"), check_dtype(lse, "lse", DType::f32, "");
   if (a.B * a.Nq * a.H * a.hd == 0) return;
   a.out = data(out), a.lse = data<float>(lse);
-  a.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(a.hd)));
+  a.scale = attention_scale(a.hd);
   a.threads = omp_get_max_threads();
   int64_t bytes = 0;
   a.scratch_bytes = &bytes;
-  MF_CALL(rope_attention, a);
+  run(a);
   const Scratch scratch(bytes / 4);
   a.scratch = reinterpret_cast<char*>(scratch.get());
-  MF_CALL(rope_attention, a);
+  run(a);
 }
 
 }  // namespace
 }  // namespace mf
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(rope_attention, mf::attention);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention_tiles, mf::attention_tiles);
 #endif

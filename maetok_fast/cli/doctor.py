@@ -53,7 +53,7 @@ def _processor_facts(facts: dict[str, str]) -> None:
     facts["processor"] = f"{own}{held}"
     if _native.why_missing() is None:
         facts["AMX"] = _native.lib().amx_status() or "there, with its tile palette and Linux's permission"
-        amx = " and AMX tiles (bf16 attention)" if _native.lib().attention_bf16_usable() else ""
+        amx = " and AMX tiles (bf16 attention)" if _native.lib().attention_tiles() else ""
         facts["native library"] = f"CPU kernels for {_native.lib().cpu_variant()}{amx}"
     facts["oneDNN"] = f"may use {_processor.onednn_level(own)}" + "".join(
         f"; {name} linear layers: {why_not('onednn', dtype, dtype, cpu) or 'packed'}"
