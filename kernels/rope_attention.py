@@ -15,11 +15,11 @@ first_query/num_queries prune the queries (a last block needs only the latent or
 
 Triton: q and k are rotated in registers as they are loaded, so neither is written rotated; unrotated rows load no
 table. head_dim 72 runs as 64 + 16 columns (`_tiles.head_split`). With q/k norm a row kernel writes the normalised,
-rotated q and k once, and the attention kernels take them as they are. CPU: the native kernels normalise and rotate while
-they pack; in bf16 on AMX tiles, forward and backward (csrc/cpu/attention*.cpp), else on vectors
-(csrc/cpu/rope_attention.cpp) or by torch's flash attention, whichever is faster for the shape (`_tune`), and backward by
-torch. flash_attn, xformers and torch's own choice (sdpa) can be asked for on CUDA (`_rope_attention_libraries`); which
-comes first is `_tiles.ATTENTION_ORDER`, and `rope_attention.reason(...)` says why each is or is not taken.
+rotated q and k once, and the attention kernels take them as they are. CPU: the native kernels normalise and rotate
+while they pack; in bf16 on AMX tiles, forward and backward (csrc/cpu/attention*.cpp), else on vectors
+(csrc/cpu/rope_attention.cpp) or by torch's flash attention, whichever is faster for the shape (`_tune`), and backward
+by torch. flash_attn, xformers and torch's own choice (sdpa) can be asked for on CUDA (`_rope_attention_libraries`);
+which comes first is `_tiles.ATTENTION_ORDER`, and `rope_attention.reason(...)` says why each is or is not taken.
 """
 
 from __future__ import annotations
