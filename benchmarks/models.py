@@ -7,7 +7,8 @@
     python benchmarks/models.py linear                  packed linear layers at both models' shapes
 
 Every peer computes the same outputs from the same weights; medians, the peers in turn, the ceilings among them: large
-products, and on a CPU the peak, multiply-adds of registers alone (csrc/cpu/peak.cpp).
+products, and on a CPU the peak, multiply-adds of registers alone (csrc/cpu/peak.cpp). Under a table on a CPU stands
+where the time of our prepared models goes.
 Tables come in the order asked for, each within its share of --budget: what does not fit is left out and named.
 `--json FILE` writes the numbers with the machine's description.
 """
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import _cli
+from benchmarks._where import Prepared, where
 from benchmarks.baselines import load_needed
 from benchmarks.baselines.maetok import MAETok as PlainMAETok
 from benchmarks.baselines.sit import SiT as PlainSiT
@@ -157,6 +159,10 @@ def measure(
         if name not in NO_RATE:
             line += f"   {rate:5.2f} TFLOP/s   {100 * row['of_ceiling']:4.0f} % of the ceiling"
         print(line, flush=True)
+    for name in timings:
+        case = cases[name]
+        if isinstance(case, Prepared) and device.type == "cpu":
+            print(f"  where the time of '{name}' goes:", *where(case), sep="\n    ", flush=True)
     return rows
 
 
@@ -228,9 +234,10 @@ def bytes_(device: torch.device) -> bool:
 def check_same(name: str, got: Tensor, want: Tensor, tell: bool = False) -> None:
     """A benchmark of two different computations is worth nothing. tell: how different, for what is meant to differ."""
     error = ((got.double() - want.double()).norm() / want.double().norm()).item()
+    limit = 0.25 if tell else 0.05
     if tell:
         print(f"{name}: outputs differ from plain torch's by {error:.2%} in relative norm (random weights)")
-    if not error < 0.05:
+    if not error < limit:
         raise SystemExit(f"{name}: outputs differ from plain torch's by {error:.3f} in relative norm")
 
 
@@ -255,11 +262,11 @@ def sit(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, f
         cases = peers(plain, (x, t, y), not args.no_compile)
         cases["ours, as a module"] = lambda x=x, t=t, y=y: ours(x, t, y)
         cases["ours, prepared"] = lambda x=x, t=t, y=y: fast(x, t, y)
-        cases["ours, prepared, step of a plan"] = lambda x=x, plan=plan: fast.step(plan, 4, x)
+        cases["ours, prepared, step of a plan"] = Prepared(fast.model, partial(fast.step, plan, 4, x))
         if of_bytes is not None:
             check_same("SiT in int8", of_bytes(x, t, y), plain(x, t, y), tell=True)
             steps = of_bytes.plan(plan.ts, y)
-            cases[f"{INT8}, step of a plan"] = lambda x=x, steps=steps: of_bytes.step(steps, 4, x)
+            cases[f"{INT8}, step of a plan"] = Prepared(of_bytes.model, partial(of_bytes.step, steps, 4, x))
         cases[AHEAD] = ahead
         gmacs = batch * (config.depth * (block + 6 * dim * dim)) / 1e9
         yield f"SiT-XL/1, 128 tokens, depth {config.depth}, batch {batch}, {args.dtype}", gmacs, cases
@@ -295,8 +302,10 @@ def tokenizer(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[
             halves.append((f"decode ({kind})", "decode", latents, patches + 128))
             for name, method, value, tokens in halves:
                 cases = peers(getattr(plain, method), (value,), not args.no_compile)
-                ways = {"ours, as a module": ours, "ours, prepared": fast} | ({INT8: of_bytes} if of_bytes else {})
-                cases |= {way: partial(getattr(made, method), value) for way, made in ways.items()}
+                cases["ours, as a module"] = partial(getattr(ours, method), value)
+                for way, made in {"ours, prepared": fast, INT8: of_bytes}.items():
+                    if made is not None:
+                        cases[way] = Prepared(made.model, partial(getattr(made, method), value))
                 if of_bytes is not None:
                     want = getattr(plain, method)(value)
                     check_same(f"{name} in int8", getattr(of_bytes, method)(value), want, tell=True)

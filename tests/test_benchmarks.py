@@ -16,9 +16,23 @@ import torch
 pytest.importorskip("rich")
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import _chart, _claims, _cli, _page, _report, _workload, compare, cost, measure, models, throughput
+from benchmarks import (
+    _chart,
+    _claims,
+    _cli,
+    _page,
+    _report,
+    _workload,
+    compare,
+    cost,
+    measure,
+    memory,
+    models,
+    throughput,
+)
 from benchmarks._claims import CITED, COMPUTED, MEASURED, Claim, Factor
 from benchmarks._job import Job, guided_steps
+from benchmarks._where import Prepared, where
 from benchmarks.baselines import load_needed
 from benchmarks.baselines.sit import SiT as PlainSiT
 from benchmarks.baselines.sit import guided_step
@@ -26,6 +40,7 @@ from maetok_fast.bench import machine
 from maetok_fast.bench.budget import Budget, Speed, calibrate
 from maetok_fast.bench.timing import PeakMemory, interleave
 from maetok_fast.diffusion import sample
+from maetok_fast.inference import prepare
 from maetok_fast.models import MAETok, MAETokConfig, SiT, SiTConfig, ViTSize
 
 CPU = torch.device("cpu")
@@ -651,3 +666,27 @@ def test_too_little_memory_is_said(tmp_path, monkeypatch):
     assert any("No training number" in note for note in job.notes)
     assert any("No optimizer step" in note for note in job.notes)
     assert not any("train" in row.values for row in job.rows.values())
+
+
+# ---- where time and memory go
+
+
+def test_where_the_time_goes_adds_up():
+    fast = prepare(MAETok(MAETokConfig(encoder=ViTSize(64, 2, 2), decoder=ViTSize(64, 1, 2))), "fp32")
+    images = torch.rand(1, 3, 256, 256)
+    lines = where(Prepared(fast.model, lambda: fast.encode(images)))
+    assert sum(float(line.split("%")[0]) for line in lines) == pytest.approx(100, abs=0.1 * len(lines))
+    named = {line.split("%")[1].strip().split("   ")[0] for line in lines}
+    products = {f"products {shape}" for shape in ("64 -> 192", "64 -> 64", "64 -> 256", "256 -> 64")}
+    assert named == products | {"attention", "the rest"}
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in fast.model.modules())
+
+
+@pytest.mark.skipif(not memory.STATUS.exists(), reason="Linux's /proc")
+def test_memory_of_a_model(capsys):
+    memory.main(["--form", "plain fp32", "--depth", "1"])
+    row = json.loads(capsys.readouterr().out)
+    weights = 4 * sum(p.numel() for p in SiT(SiTConfig(depth=1)).parameters())
+    assert weights < 1.05 * row["kept"]
+    assert row["peak"] >= row["kept"]
+    assert row["peak"] < 1.5 * weights
