@@ -14,13 +14,14 @@ and version of torch and of this package; a file that cannot be read or written 
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import json
 import logging
 import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,10 @@ import torch
 
 from . import _native, _processor
 
-__all__ = ["SWITCH", "fastest", "machine_key", "results"]
+__all__ = ["SWITCH", "enabled", "fastest", "machine_key", "results", "without_races"]
 
 SWITCH = "MAETOK_FAST_TUNE"
+_without = contextvars.ContextVar("without_races", default=False)
 SECONDS = 0.006  # for each candidate in a round
 ROUNDS = 3
 CLEARLY = 0.95  # of the time of `otherwise`: ratios of two races of the same code differ by a few percent
@@ -47,7 +49,7 @@ def fastest(key: str, candidates: Mapping[str, Callable[[], Any]], otherwise: st
     """
     if len(candidates) == 1:
         return next(iter(candidates))
-    if os.environ.get(SWITCH, "") == "0":
+    if not enabled():
         return otherwise if otherwise in candidates else next(iter(candidates))
     with _lock:
         table = _table()
@@ -60,6 +62,21 @@ def fastest(key: str, candidates: Mapping[str, Callable[[], Any]], otherwise: st
             table[key] = found
             _write(key, found)
         return str(found["choice"])
+
+
+def enabled() -> bool:
+    """Whether races decide here."""
+    return os.environ.get(SWITCH, "") != "0" and not _without.get()
+
+
+@contextlib.contextmanager
+def without_races() -> Iterator[None]:
+    """In this context `otherwise` is taken, as under MAETOK_FAST_TUNE=0: what runs does not depend on a measurement."""
+    token = _without.set(True)
+    try:
+        yield
+    finally:
+        _without.reset(token)
 
 
 def results() -> dict[str, dict[str, Any]]:

@@ -193,13 +193,16 @@ def _fastest(a) -> str:
     torch knows such a processor's better instructions, if any."""
     level, dtype = _native.lib().cpu_variant(), str(a.qkv.dtype)[6:]
     n, heads, head_dim = a.qkv.shape[1], a.qkv.shape[3], a.qkv.shape[4]
+    otherwise = "torch" if level in ("v2", "generic") else "native"
+    if not _tune.enabled():
+        return otherwise
     key = (level, torch.get_num_threads(), dtype, n, _count(a), heads, head_dim, a.rope is None, a.qk_norm)
     if key not in _chosen:
         rotated = "" if a.rope is None else ", rotated"
         _chosen[key] = _tune.fastest(
             f"attention of {_count(a)} to {n} tokens, {heads} x {head_dim}{rotated}, {a.qk_norm} norm, {dtype}",
             {"native": lambda: _own(a), "torch": lambda: _torch_flash(a)},
-            "torch" if level in ("v2", "generic") else "native",
+            otherwise,
         )
     return _chosen[key]
 

@@ -3,7 +3,7 @@
 
 Arrows point down only; importing this package loads nothing, every part is loaded when it is first named:
 
-    cli -> inference -> models, diffusion, data -> layers -> kernels -> csrc
+    cli -> pipeline -> inference, diffusion, data -> models -> layers -> kernels -> csrc
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_PARTS = ("data", "diffusion", "inference", "kernels", "layers", "models", "precision")
+_PARTS = ("data", "diffusion", "inference", "kernels", "layers", "models", "pipeline", "precision")
 
 __all__ = ["__version__", *_PARTS]
 

@@ -345,7 +345,8 @@ class TimestepEmbedder(nn.Module):
         freqs = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=dtype, device=t.device) / half)
         args = t[:, None].to(dtype) * freqs
         table = torch.cat([args.cos(), args.sin()], dim=-1)
-        return self.mlp(table.to(cast(nn.Linear, self.mlp[0]).weight.dtype))
+        first = cast(nn.Linear, self.mlp[0])  # or a packed one, which has no weight
+        return self.mlp(table.to(first.weight.dtype if isinstance(first, nn.Linear) else first.dtype))
 
 
 class LabelEmbedder(nn.Module):

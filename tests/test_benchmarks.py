@@ -683,10 +683,11 @@ def test_where_the_time_goes_adds_up():
 
 
 @pytest.mark.skipif(not memory.STATUS.exists(), reason="Linux's /proc")
-def test_memory_of_a_model(capsys):
-    memory.main(["--form", "plain fp32", "--depth", "1"])
-    row = json.loads(capsys.readouterr().out)
+def test_memory_of_a_model():
+    """In a process of its own, as the table has it: this one has memory that it freed and kept."""
+    script = ROOT / "benchmarks" / "memory.py"
+    command = [sys.executable, str(script), "--form", "plain fp32", "--depth", "1"]
+    row = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     weights = 4 * sum(p.numel() for p in SiT(SiTConfig(depth=1)).parameters())
-    assert weights < 1.05 * row["kept"]
-    assert row["peak"] >= row["kept"]
-    assert row["peak"] < 1.5 * weights
+    assert weights < 1.1 * row["kept"]
+    assert row["kept"] <= row["peak"] < 1.5 * weights

@@ -361,7 +361,7 @@ def test_bad_arguments(noise):
         ("shift", None, TypeError, "shift must be a number, got None"),
         ("null_label", 2.0, TypeError, "null_label must be an integer, got 2.0"),
         ("null_label", -1, ValueError, "null_label must be at least 0, got -1"),
-        ("generator", 3, TypeError, "generator must be a torch.Generator or None, got int"),
+        ("generator", 3, TypeError, "generator must be a torch.Generator, a callable or None, got int"),
         ("tolerance", "1e-5", TypeError, "tolerance must be a number"),
         ("max_nfe", 0, ValueError, "max_nfe must be at least 1, got 0"),
     ],

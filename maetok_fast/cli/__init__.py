@@ -10,12 +10,16 @@ from typing import Annotated, Any
 
 import typer
 
-from . import bench, doctor
+from . import bench, demo_weights, doctor, images, sample
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="MAETok and its generators, made fast.")
 app.command("doctor")(doctor.doctor)
+app.command("sample")(sample.sample)
+for _command in (images.reconstruct, images.encode, images.decode):
+    app.command(_command.__name__)(_command)
+app.command("demo-weights")(demo_weights.demo_weights)
 app.add_typer(bench.app, name="bench")
 
 

@@ -16,6 +16,7 @@ cache of latents or an rFID is comparable only with the same crop.
 from __future__ import annotations
 
 import importlib.util
+import io
 import math
 import operator
 from collections.abc import Sequence
@@ -73,8 +74,10 @@ def bundled_photographs() -> list[Path]:
     return files
 
 
-def load_image(path: str | Path, resolution: int, *, crop: str = "center", orient: bool | None = None) -> Tensor:
-    """One image as (3, resolution, resolution) fp32 in [-1, 1].
+def load_image(
+    path: str | Path, resolution: int, *, crop: str = "center", orient: bool | None = None, content: bytes | None = None
+) -> Tensor:
+    """One image as (3, resolution, resolution) fp32 in [-1, 1]. content: the file's bytes, where `path` only names it.
 
     crop: "center" or "adm", see above. orient: apply the EXIF orientation; None: yes, but not for "adm".
     Raises ImageError naming a file that it cannot read: missing, damaged, none of FORMATS, more than MAX_PIXELS, longer
@@ -89,7 +92,8 @@ def load_image(path: str | Path, resolution: int, *, crop: str = "center", orien
     if resolution < 1:
         raise ValueError(f"resolution must be a positive number of pixels, got {resolution}")
     try:
-        pixels = _read(path, resolution, crop, crop != "adm" if orient is None else orient)
+        file = path if content is None else io.BytesIO(content)
+        pixels = _read(file, resolution, crop, crop != "adm" if orient is None else orient)
     except FileNotFoundError as error:
         raise ImageError(f"image {path} does not exist") from error
     except MemoryError as error:
@@ -114,7 +118,7 @@ def to_uint8(images: Tensor) -> np.ndarray:
     return scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
 
 
-def _read(path: str | Path, resolution: int, crop: str, orient: bool) -> np.ndarray:
+def _read(path: str | Path | io.BytesIO, resolution: int, crop: str, orient: bool) -> np.ndarray:
     """(resolution, resolution, 3) uint8."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 

@@ -79,16 +79,24 @@ def labels(y: Any, x: Tensor) -> None:
 
 
 def generator(value: Any, x: Tensor) -> None:
-    """None or a torch.Generator of x's kind of device."""
-    if value is None:
+    """None, a callable, or a torch.Generator of x's kind of device."""
+    if value is None or (callable(value) and not isinstance(value, torch.Generator)):
         return
     if not isinstance(value, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator or None, got {type(value).__name__}")
+        raise TypeError(f"generator must be a torch.Generator, a callable or None, got {type(value).__name__}")
     if value.device.type != x.device.type:
         raise ValueError(
             f"generator draws on {value.device} and noise is on {x.device}: "
             f"make it with torch.Generator({x.device.type!r})"
         )
+
+
+def drawn(noise: Any, x: Tensor) -> Tensor:
+    """What a callable `generator` returned for x: of its shape, dtype and device."""
+    if not isinstance(noise, Tensor) or (noise.shape, noise.dtype, noise.device) != (x.shape, x.dtype, x.device):
+        got = f"{noise.dtype} {tuple(noise.shape)}" if isinstance(noise, Tensor) else type(noise).__name__
+        raise ValueError(f"generator must return noise like x, {x.dtype} {tuple(x.shape)} on {x.device}; got {got}")
+    return noise
 
 
 def velocity(v: Any, x: Tensor, owner: Any) -> Tensor:

@@ -29,6 +29,7 @@ from maetok_fast.diffusion.guidance import Guidance, GuidedVelocity
 from maetok_fast.diffusion.paths import Path, get_path, shift_times
 from maetok_fast.diffusion.protocols import Velocity
 
+Noise = Callable[[Tensor], Tensor]
 SDE_LAST_TIME = 0.04  # below it the score's 1/t makes the noise term stiff
 
 
@@ -62,7 +63,7 @@ def sample(
     path: str | Path = "linear",
     shift: float = 1.0,
     null_label: int | None = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Noise | None = None,
     state_dtype: torch.dtype = torch.float64,
     tolerance: float = 1e-5,
     max_nfe: int = 10_000,
@@ -76,7 +77,8 @@ def sample(
     null_label: None is the model's own, `model.config.num_classes`, or 1000 for callables without a config.
     guidance, interval, negative, guidance_channels, temperature: guidance.py's table.
     path: the path the model was trained on (the SDE's score needs it); shift: `shift_times`.
-    generator: randomness of the SDE, on noise's device. state_dtype: of the sums, fp64 or narrower; dopri5 takes fp64
+    generator: randomness of the SDE, on noise's device; or a callable x -> N(0, 1) of x's shape, dtype and device, for
+    noise of one's own (a stream for each sample). state_dtype: of the sums, fp64 or narrower; dopri5 takes fp64
     or fp32.
     tolerance, max_nfe: dopri5 only: the absolute and relative error of a step, and the evaluations allowed in all.
 
@@ -177,7 +179,7 @@ def _sde(
     ts: list[float],
     *,
     path: Path,
-    generator: torch.Generator | None,
+    generator: torch.Generator | Noise | None,
     track: Callable,
     **_: Any,
 ) -> Tensor:
@@ -190,7 +192,10 @@ def _sde(
         drift = slope - t * path.score(slope, x, torch.tensor(t, dtype=torch.float64))
         x = x + dt * drift
         if i < last:
-            noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+            if generator is None or isinstance(generator, torch.Generator):
+                noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+            else:
+                noise = arguments.drawn(generator(x), x)
             x = x + (2 * t * -dt) ** 0.5 * noise
     return x
 

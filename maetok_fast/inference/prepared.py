@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 from maetok_fast.checks import check_label_range, check_tensor
 from maetok_fast.inference.plan import Plan
 from maetok_fast.inference.rebuild import Target, rebuild
-from maetok_fast.kernels import _native
+from maetok_fast.kernels import _native, _tune
 from maetok_fast.kernels._gemm import why_not_packed
 from maetok_fast.kernels.packed_linear import PackedLinear
 from maetok_fast.models.sit import DiffusionTransformer
@@ -38,16 +38,26 @@ P = TypeVar("P", bound="_Prepared[Any]")
 
 @overload
 def prepare(
-    model: MAETok, precision: str | torch.dtype | Precision = "auto", weights: torch.dtype | None = None
+    model: MAETok,
+    precision: str | torch.dtype | Precision = "auto",
+    weights: torch.dtype | None = None,
+    *,
+    reproducible: bool = False,
 ) -> PreparedTokenizer: ...
 @overload
 def prepare(
-    model: DiffusionTransformer, precision: str | torch.dtype | Precision = "auto", weights: torch.dtype | None = None
+    model: DiffusionTransformer,
+    precision: str | torch.dtype | Precision = "auto",
+    weights: torch.dtype | None = None,
+    *,
+    reproducible: bool = False,
 ) -> PreparedGenerator: ...
 def prepare(
     model: MAETok | DiffusionTransformer,
     precision: str | torch.dtype | Precision = "auto",
     weights: torch.dtype | None = None,
+    *,
+    reproducible: bool = False,
 ) -> PreparedTokenizer | PreparedGenerator:
     """A fast inference form of a SiT, LightningDiT or MAETok on the device that the model is on.
 
@@ -58,6 +68,8 @@ def prepare(
         processor multiplies bytes (AVX512_VNNI, AVX_VNNI, AMX-INT8), quarters it and is several times as fast, but
         rounds weights and activations to 255 steps a row. `print` of the result says by how much each kind of layer
         errs on Gaussian inputs; what that does to a model's images is to be looked at, with its own weights.
+    reproducible: on a CPU, every product by the native GEMM and every attention by the native kernel, races or not: a
+        sample's result is then the same bits whatever else is in its batch.
     On a CPU the layers of each shape are raced over what can compute them (kernels/packed_linear.py), once a machine;
     `print` of the result says what won.
     Inputs may have any floating dtype, outputs come back in it. TypeError for other models, ValueError for precisions
@@ -80,19 +92,33 @@ def prepare(
         reason = why_not_packed("int8" if weights == torch.int8 else "bf16", device)
         if reason is not None:
             raise ValueError(f"weights={weights} cannot be used here: {reason}")
-    target = Target(resolved.dtype, resolved.dtype if weights is None else weights)
+    if reproducible:
+        reason = why_not_packed("fp32", device)
+        if reason is None and resolved.dtype == torch.float16:
+            reason = "packed products are of float32 and bfloat16"
+        if reason is not None:
+            raise ValueError(f"reproducible=True cannot be had here: {reason}")
+    target = Target(resolved.dtype, resolved.dtype if weights is None else weights, reproducible)
     if isinstance(model, MAETok):
-        return PreparedTokenizer(rebuild(model, target), resolved)
-    return PreparedGenerator(rebuild(model, target), resolved)
+        return PreparedTokenizer(rebuild(model, target), resolved, reproducible)
+    return PreparedGenerator(rebuild(model, target), resolved, reproducible)
 
 
 class _Prepared(Generic[M]):
     """The rebuilt `model`, its `config`, and the `precision` that it computes in."""
 
-    def __init__(self, model: M, precision: Precision) -> None:
+    def __init__(self, model: M, precision: Precision, reproducible: bool = False) -> None:
         self.model: M = model
+        self.reproducible = reproducible
         self.precision, self.dtype = precision, precision.dtype
         self.config: Any = model.config
+
+    @contextlib.contextmanager
+    def _computing(self, device: torch.device) -> Iterator[None]:
+        """No gradients, and no autocast: packed layers take exactly the prepared dtype."""
+        races = _tune.without_races() if self.reproducible else contextlib.nullcontext()
+        with torch.no_grad(), torch.autocast(device.type, enabled=False), races:
+            yield
 
     def _input(self, name: str, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor) or not x.is_floating_point():
@@ -164,13 +190,6 @@ def _refuse_gradients(name: str, x: Any) -> None:
         raise RuntimeError(f"{name} has a tangent, but a prepared model computes no gradients; use the model itself")
 
 
-@contextlib.contextmanager
-def _computing(device: torch.device) -> Iterator[None]:
-    """No gradients, and no autocast: packed layers take exactly the prepared dtype."""
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        yield
-
-
 class PreparedGenerator(_Prepared[DiffusionTransformer]):
     """A SiT or LightningDiT made fast. Called like the model; samplers use `plan` and `step`."""
 
@@ -178,7 +197,7 @@ class PreparedGenerator(_Prepared[DiffusionTransformer]):
         """Velocity of latents x (B, L, C) or (B, C, H, W) at times t (B,) in [0, 1] for labels y (B,), in x's dtype."""
         inputs = self._input("x", x)
         _refuse_gradients("t", t)
-        with _computing(x.device):
+        with self._computing(x.device):
             return self.model(inputs, t, y).to(x.dtype)
 
     def plan(self, ts: Tensor, y: Tensor) -> Plan:
@@ -200,7 +219,7 @@ class PreparedGenerator(_Prepared[DiffusionTransformer]):
             raise IndexError(f"step {i} is not one of the plan's {len(plan.ts)} steps")
         inputs = self._input("x", x)
         check_tensor("x", x, (plan.batch, *x.shape[1:]))
-        with _computing(x.device):
+        with self._computing(x.device):
             if plan.modulations is None or not plan.first <= i < plan.first + plan.chunk_steps:
                 plan.modulations = None  # free the last chunk before the next is made
                 plan.first = i // plan.chunk_steps * plan.chunk_steps
@@ -216,13 +235,13 @@ class PreparedTokenizer(_Prepared[MAETok]):
     def encode(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
         """images (B, 3, H, W) in [-1, 1] -> latents (B, L, H); see `MAETok.encode`."""
         inputs = self._input("images", images)
-        with _computing(images.device):
+        with self._computing(images.device):
             return self.model.encode(inputs, mask).to(images.dtype)
 
     def decode(self, latents: Tensor, size: int | tuple[int, int] | None = None) -> Tensor:
         """latents (B, L, H) -> images (B, 3, height, width), not clamped; see `MAETok.decode`."""
         inputs = self._input("latents", latents)
-        with _computing(latents.device):
+        with self._computing(latents.device):
             return self.model.decode(inputs, size).to(latents.dtype)
 
     def __call__(self, images: Tensor, mask: Tensor | None = None) -> Tensor:

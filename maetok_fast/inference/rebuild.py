@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from maetok_fast.kernels.packed_linear import Normed, PackedLinear
+from maetok_fast.kernels.packed_linear import Normed, PackedLinear, candidates
 from maetok_fast.layers import GatedResidual, LayerNorm, Mlp, Modulation, Residual, RMSNorm, SwiGLU, TimestepEmbedder
 from maetok_fast.models.lightningdit import LightningDiTBlock
 from maetok_fast.models.sit import DiffusionTransformer, SiTBlock
@@ -40,10 +40,18 @@ PACK_WIDTH = 64
 
 @dataclass(frozen=True)
 class Target:
-    """dtype: of activations and arithmetic. weights: in which packed weights are kept."""
+    """dtype: of activations and arithmetic. weights: in which packed weights are kept. own_products: every Linear,
+    narrow ones too, by the native GEMM, whose rows depend on no other row."""
 
     dtype: torch.dtype
     weights: torch.dtype
+    own_products: bool = False
+
+    def backend(self) -> str | None:
+        """Of packed layers; None: the fastest."""
+        if not self.own_products:
+            return None
+        return next(c for c in candidates(self.dtype, self.weights, torch.device("cpu")) if c.startswith("native"))
 
 
 N = TypeVar("N", bound=nn.Module)
@@ -87,11 +95,17 @@ def _plain(module: nn.Module, target: Target) -> Any:
 def _packed(
     linear: nn.Linear, target: Target, activation: str = "none", *, gated: bool = False, use: str = ""
 ) -> PackedLinear:
-    return PackedLinear.of(linear, activation, gated=gated, dtype=target.dtype, weights=target.weights, use=use)
+    kept: dict[str, Any] = {"dtype": target.dtype, "weights": target.weights, "backend": target.backend()}
+    return PackedLinear.of(linear, activation, gated=gated, use=use, **kept)
 
 
 def _linear(module: nn.Linear, target: Target) -> Any:
-    return _plain(module, target) if min(module.weight.shape) < PACK_WIDTH else _packed(module, target)
+    narrow = min(module.weight.shape) < PACK_WIDTH and not target.own_products
+    return _plain(module, target) if narrow else _packed(module, target)
+
+
+def _timesteps(module: TimestepEmbedder, target: Target) -> Any:
+    return (_clone if target.own_products else _plain)(module, target)
 
 
 class _PackedMlp(nn.Module):
@@ -172,7 +186,9 @@ def _scaled(linear: nn.Linear, gamma: Tensor | None, target: Target) -> PackedLi
     gamma = gamma.to(wide)
     bias = None if linear.bias is None else linear.bias.to(wide) * gamma
     weight = linear.weight.to(wide) * gamma[:, None]
-    return PackedLinear(weight, bias, dtype=target.dtype, weights=target.weights, use="joined")
+    return PackedLinear(
+        weight, bias, dtype=target.dtype, weights=target.weights, backend=target.backend(), use="joined"
+    )
 
 
 class _SplitModulation(nn.Module):
@@ -231,7 +247,7 @@ def _with_constant_rope(module: nn.Module, target: Target) -> Any:
 
 _RULES: dict[type, _Rule] = {
     nn.Linear: _linear,
-    TimestepEmbedder: _plain,
+    TimestepEmbedder: _timesteps,
     Block: _block,
     SiTBlock: _block,
     LightningDiTBlock: _block,

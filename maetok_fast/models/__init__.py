@@ -5,7 +5,7 @@
     sit.py           SiT, latents -> velocity
     lightningdit.py  LightningDiT, the same with RMSNorm, SwiGLU and RoPE
     checkpoints/     the public checkpoint layouts: read, check, write, push
-    catalog.py       the table behind `create(name)` and `presets()`
+    catalog.py       the table behind `create(name)`, `presets()`; `load_generator`
 
 Names are resolved on first use (PEP 562), so importing this package costs nothing.
 """
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from maetok_fast.models.catalog import create as create
+    from maetok_fast.models.catalog import load_generator as load_generator
     from maetok_fast.models.catalog import presets as presets
     from maetok_fast.models.checkpoints import CheckpointError as CheckpointError
     from maetok_fast.models.configs import LightningDiTConfig as LightningDiTConfig
@@ -39,6 +40,7 @@ _HOME = {
     "SiTConfig": "configs",
     "ViTSize": "configs",
     "create": "catalog",
+    "load_generator": "catalog",
     "presets": "catalog",
 }
 

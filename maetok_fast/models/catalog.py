@@ -1,18 +1,21 @@
 # Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 """Presets: one table from a name to a model class and its configuration. `create("sit-xl-1")` builds one with fresh
-weights; `presets()` lists them. Sizes: DiT's S, B, L, XL and timm's ViT-S, -B, -L."""
+weights; `presets()` lists them. Sizes: DiT's S, B, L, XL and timm's ViT-S, -B, -L. `load_generator` tells a
+checkpoint's class."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal, overload
 
+from maetok_fast.models.checkpoints import CheckpointError
 from maetok_fast.models.configs import LightningDiTConfig, MAETokConfig, SiTConfig, ViTSize
 from maetok_fast.models.lightningdit import LightningDiT
 from maetok_fast.models.sit import SiT
 from maetok_fast.models.tokenizer import MAETok
 
-__all__ = ["LightningDiTName", "MAETokName", "SiTName", "create", "presets"]
+__all__ = ["LightningDiTName", "MAETokName", "SiTName", "create", "load_generator", "presets"]
 
 # the names as types, by which a type checker (and an editor) knows what `create` returns
 # fmt: off
@@ -98,3 +101,20 @@ def create(name: str, **changes: Any) -> MAETok | SiT | LightningDiT:
         )
     built: MAETok | SiT | LightningDiT = model(replace(config, **changes))
     return built
+
+
+def load_generator(source: str | Path, **options: Any) -> SiT | LightningDiT:
+    """The SiT or LightningDiT stored at `source`, whichever its keys are of; options: as `from_pretrained`'s.
+
+    CheckpointError with what each class says where it is neither.
+    """
+    errors = {}
+    for kind in (SiT, LightningDiT):
+        try:
+            return kind.from_pretrained(source, **options)
+        except CheckpointError as error:
+            errors[kind.__name__] = str(error)
+    if len(set(errors.values())) == 1:  # no such file, or none that can be read
+        raise CheckpointError(next(iter(errors.values())))
+    said = "\n".join(f"as {name}: {text}" for name, text in errors.items())
+    raise CheckpointError(f"{source}: neither a SiT nor a LightningDiT\n{said}")

@@ -213,7 +213,7 @@ class MAETok(Pretrained):
         ValueError or TypeError name what was given and what was expected. Latents are not normalised.
         """
         check_tensor("images", images, ("B", 3, "H", "W"))
-        check_dtype("images", images, self.quant_conv.weight)
+        check_dtype("images", images, self.decoder.mask_token)
         rows, columns = grid_of((images.shape[2], images.shape[3]), self.config.patch, "images of")
         if mask is not None:
             check_tensor("mask", mask, (images.shape[0], rows * columns))
@@ -239,7 +239,7 @@ class MAETok(Pretrained):
         grid = grid_of(height_width("size", size), config.out_patch, "size")
         tokens = config.num_latent_tokens or grid[0] * grid[1]
         check_tensor("latents", latents, ("B", tokens, config.latent_dim))
-        check_dtype("latents", latents, self.quant_conv.weight)
+        check_dtype("latents", latents, self.decoder.mask_token)
         return self.decoder(self.post_quant_conv(latents), latents, grid)
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -10,11 +10,13 @@ from pathlib import Path
 
 from maetok_fast.models.checkpoints.layout import CheckpointError
 
-__all__ = ["locate"]
+__all__ = ["STATISTICS", "locate"]
 
 log = logging.getLogger("maetok_fast")
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+# what lies beside a generator and holds how its latents are normalised, no model: ours, LightningDiT's, REPA-E's, RAE's
+STATISTICS = ("latent_statistics.safetensors", "latents_stats.pt", "*-latents-stats.pt", "stat.pt")
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # seconds for the one question that shows whether the hub answers; HF_HUB_ETAG_TIMEOUT overrides it
@@ -37,7 +39,7 @@ def locate(
     if path.is_dir():
         found = [path / name for name in WEIGHTS if (path / name).is_file()]
         if not found:
-            found = sorted(p for p in path.iterdir() if p.suffix in _SUFFIXES and p.is_file())
+            found = sorted(p for p in path.iterdir() if p.suffix in _SUFFIXES and p.is_file() and not _statistics(p))
             if len(found) != 1:
                 names = ", ".join(p.name for p in found) or "none"
                 raise CheckpointError(f"{path}: expected model.safetensors or exactly one weights file, found {names}")
@@ -113,3 +115,7 @@ def _silence(repo_id: str, revision: str | None, token: str | bool | None) -> st
     except Exception as error:  # the HTTP library's own, which changes with huggingface_hub's version
         return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), 'no message')}"
     return None
+
+
+def _statistics(path: Path) -> bool:
+    return any(path.match(pattern) for pattern in STATISTICS)
