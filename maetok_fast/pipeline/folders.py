@@ -36,6 +36,7 @@ from maetok_fast.pipeline.run import RunError, save_png, write_grid, written
 __all__ = ["Passed", "decode", "encode", "read_images", "reconstruct"]
 
 COMPARED = 16  # images in the picture
+_ABOUT = "maetok_fast"  # the metadata's one entry, JSON
 Tick = Callable[[int], None]
 
 
@@ -125,9 +126,10 @@ def encode(
         tick(len(part))
     if not parts:
         raise RunError(f"{source}: none of its {len(names)} images can be read, first {_first(passed.refused)}")
-    about = {"names": json.dumps(passed.done), "crop": crop, "size": str(size), "tokenizer": pipeline.fingerprint}
-    about["normalised"] = json.dumps(pipeline.statistics is not None)
-    written(out, lambda p: save_file({"latents": torch.cat(parts)}, p, about))
+    about = {"names": passed.done, "crop": crop, "size": size, "tokenizer": pipeline.fingerprint}
+    about["normalised"] = pipeline.statistics is not None
+    # one entry: safetensors writes several in any order, and equal latents should be equal files
+    written(out, lambda p: save_file({"latents": torch.cat(parts)}, p, {_ABOUT: json.dumps(about)}))
     return passed
 
 
@@ -136,16 +138,20 @@ def decode(pipeline: Pipeline, source: Path, out: Path, *, batch: int = 8, tick:
     another shape, or normalised where this pipeline has no statistics, or not where it has."""
     from maetok_fast.models.checkpoints.files import read_weights
 
-    content, about = read_weights(source)
+    content, metadata = read_weights(source)
     latents, passed = content.get("latents"), Passed()
-    if not isinstance(latents, Tensor) or "names" not in about:
+    try:
+        known = json.loads(metadata[_ABOUT])
+        names, normalised = list(known["names"]), bool(known["normalised"])
+    except (KeyError, ValueError, TypeError):
+        names = []
+    if not isinstance(latents, Tensor) or len(names) != len(latents):
         raise CheckpointError(f"{source}: holds no latents and names, as maetok-fast encode writes them")
     if tuple(latents.shape[1:]) != pipeline.shape:
         raise RunError(f"{source}: latents of shape {tuple(latents.shape[1:])}, the tokenizer has {pipeline.shape}")
-    if (about.get("normalised") == "true") != (pipeline.statistics is not None):
+    if normalised != (pipeline.statistics is not None):
         raise RunError(f"{source}: its latents are {'' if pipeline.statistics is None else 'not '}normalised: give the "
                        "tokenizer, and the statistics, that they were encoded with")  # fmt: skip
-    names = json.loads(about["names"])
     _folder(out)
     for start in range(0, len(latents), batch):
         images = to_uint8(pipeline.decode(latents[start : start + batch].to(pipeline.device)))
