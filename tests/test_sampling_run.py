@@ -50,10 +50,16 @@ def complete(run: SamplingRun, pipeline: Pipeline) -> dict[str, bytes]:
     return files(run.out)
 
 
+own_bits = pytest.mark.skipif(
+    _native.why_missing() is not None, reason="bits that depend on no other row need the native library"
+)
+
+
 class Killed(BaseException):
     """As SIGKILL: nothing handles it."""
 
 
+@own_bits
 def test_files_are_the_pipelines_pictures(pipeline: Pipeline, tmp_path: Path) -> None:
     run = SamplingRun(tmp_path / "a", LABELS, 5, SETTINGS, {"weights": pipeline.fingerprint}, batch=4)
     made = complete(run, pipeline)
@@ -73,6 +79,7 @@ def test_files_are_the_pipelines_pictures(pipeline: Pipeline, tmp_path: Path) ->
     assert not list(tmp_path.glob("**/.writing-*"))
 
 
+@own_bits
 @pytest.mark.parametrize("stop", [0, 1, 5, 10])
 def test_a_run_that_was_killed_goes_on(stop: int, pipeline: Pipeline, tmp_path: Path) -> None:
     """Nothing finished is made again, nothing half-written is taken for a picture, and the files are the same."""
@@ -108,6 +115,7 @@ class _nothing:
     def __exit__(self, *_: object) -> None: ...
 
 
+@own_bits
 @pytest.mark.parametrize("processes", [2, 3, 20])
 def test_any_number_of_processes(processes: int, pipeline: Pipeline, tmp_path: Path) -> None:
     whole = complete(SamplingRun(tmp_path / "one", LABELS, 5, SETTINGS, batch=4), pipeline)
@@ -243,7 +251,7 @@ def test_what_sample_refuses(more: list[str], said: str, weights: Path, tmp_path
     assert not list(tmp_path.glob("a/*.png"))
 
 
-@pytest.mark.skipif(_native.why_missing() is not None, reason="bits that depend on no other row need the library")
+@own_bits
 def test_torchrun_makes_the_same_files(weights: Path, tmp_path: Path) -> None:
     """And a run that was killed with all its processes goes on under one."""
     sampling = ["--num-fid-samples", "40", "--steps", "3"]

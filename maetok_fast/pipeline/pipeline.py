@@ -31,7 +31,7 @@ from maetok_fast.models.checkpoints.locate import STATISTICS
 from maetok_fast.models.sit import DiffusionTransformer
 from maetok_fast.pipeline.noise import SampleNoise
 from maetok_fast.pipeline.statistics import LatentStatistics
-from maetok_fast.precision import Precision
+from maetok_fast.precision import Precision, resolve
 
 __all__ = ["Batch", "Generated", "Pipeline", "latent_shape"]
 
@@ -85,7 +85,8 @@ class Pipeline:
             raise TypeError(f"Pipeline: tokenizer must be a MAETok, got {type(tokenizer).__name__}")
         self.device = next(tokenizer.parameters()).device
         if reproducible is None:
-            reproducible = self.device.type == "cpu" and _native.why_missing() is None and precision != torch.float16
+            packed = self.device.type == "cpu" and _native.why_missing() is None
+            reproducible = packed and resolve(precision, self.device, packed=True).dtype != torch.float16
         self.shape = latent_shape(tokenizer.config)
         self.statistics = LatentStatistics.of_config(tokenizer.config) if statistics is None else statistics
         for name, model in (("generator", generator), ("negative", negative)):
