@@ -9,7 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from maetok_fast.kernels._triton import why_no_triton
 
@@ -45,3 +47,15 @@ def test_an_op_in_one_file_is_tested_timed_and_costed(tmp_path: Path) -> None:
     assert {row["op"] for row in rows} == {"silu_residual"}
     table = run("benchmarks/cost.py", "--op-file", TOY, TRITON_INTERPRET="0")
     assert "silu_residual_kernel" in table
+
+
+def test_labels_to_a_png(tmp_path: Path) -> None:
+    script = ROOT / "examples" / "sample_to_png.py"
+    assert len(script.read_text().splitlines()) <= 60
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "3 pictures, NFE 99" in done.stdout
+    with Image.open(tmp_path / "samples.png") as image:
+        assert image.size == (3 * 64, 64)
+        pixels = np.asarray(image)
+    assert len({pixels[:, i : i + 64].tobytes() for i in (0, 64, 128)}) == 3

@@ -140,11 +140,18 @@ def test_a_generators_kind_is_told_from_its_keys(tmp_path: Path) -> None:
 
 
 def test_a_training_file_beside_its_statistics(tmp_path: Path) -> None:
-    """Two .pt files in a folder, of which one is no model."""
+    """Two .pt files in a folder, of which one is no model; and REPA-E's, which holds both."""
     torch.save({"ema": demo_generator().state_dict(), "steps": 5}, tmp_path / "0000005.pt")
     torch.save({"mean": MEAN, "std": STD}, tmp_path / "latents_stats.pt")
     assert load_generator(tmp_path, heads=4).config.tokens == 16
     assert LatentStatistics.beside(tmp_path) is not None
+    norm = {"bn.running_mean": MEAN, "bn.running_var": STD, "bn.num_batches_tracked": torch.tensor(3)}
+    (tmp_path / "repa-e").mkdir()
+    torch.save({"ema": demo_generator().state_dict() | norm, "steps": 5}, tmp_path / "repa-e" / "0000005.pt")
+    assert load_generator(tmp_path / "repa-e", heads=4).config.tokens == 16
+    found = LatentStatistics.beside(tmp_path / "repa-e")
+    assert found is not None
+    torch.testing.assert_close(found.std, (STD + 1e-5).sqrt())
 
 
 def test_refusals() -> None:

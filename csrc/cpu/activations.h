@@ -28,8 +28,7 @@ template <bool LONG> MF_INLINE vf exp2_within(vf f) {
   return fma(p, f, splat(1.0f));
 }
 
-// 2^t. 0 below 2^-126, infinity from
-// 2^128 on; NaN gives some number: callers multiply by the argument.
+// 2^t. 0 below 2^-126, infinity from 2^128 on; NaN gives some number: callers multiply by the argument.
 template <bool LONG> MF_INLINE vf exp2_of(vf t) {
   const vf low = splat(-126.0f), high = splat(128.0f);
   vf c = t > high ? high : t;

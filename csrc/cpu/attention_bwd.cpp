@@ -232,8 +232,8 @@ void check_heads(const TensorView& t, const char* name) {
     TVM_FFI_THROW(ValueError) << name << " must have contiguous heads and channels; call .contiguous() on it";
 }
 
-AttentionSizes check_attention(const TensorView& q, const TensorView& k, const TensorView& v,
-                                      const TensorView& out, const TensorView& lse) {
+AttentionSizes check_attention(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& out,
+                               const TensorView& lse) {
   check_heads(q, "q"), check_heads(k, "k"), check_heads(v, "v");
   const AttentionSizes s{q.size(0), q.size(1), k.size(1), q.size(2), q.size(3)};
   check_shape(k, "k", {s.batch, s.keys, s.heads, s.dim});

@@ -214,13 +214,16 @@ def _export_lightningdit(config: Any) -> dict[str, Any]:
 
 # the last layer is the one that every kind of these models names alike
 _MARK = "final_layer.linear.weight"
-SIT = Layout("SiT", _MARK, _detect_sit, _export_sit, _SIT_KEYS, tolerated=("projectors.*",))
+# REPA's heads, and REPA-E's batch norm of the latents, whose statistics maetok_fast.pipeline reads
+_TOLERATED = ("projectors.*", "bn.*")
+
+SIT = Layout("SiT", _MARK, _detect_sit, _export_sit, _SIT_KEYS, tolerated=_TOLERATED)
 LIGHTNINGDIT = Layout(
     "LightningDiT",
     _MARK,
     _detect_lightningdit,
     _export_lightningdit,
     _LIGHTNING_KEYS,
-    tolerated=("projectors.*",),
+    tolerated=_TOLERATED,
     optional=("feat_rope.*",),
 )
