@@ -223,6 +223,7 @@ class Job:
         before = held_bytes(self.device)
         ours = prepare(models.ours, self.dtype)
         after = held_bytes(self.device)
+        _workload.race_attention(ours, *models.inputs("few", 1, self.dtype))
         weights["ours"] = after - before if before is not None and after is not None else _bytes(low)
         noise, y = models.inputs("few", self.batch["few"], self.dtype)
         for name, scale in (("", _workload.GUIDANCE), (" unguided", 1.0)):
@@ -331,6 +332,8 @@ class Job:
             step = _workload.train_step(model, x, y, None if row.dtype == "fp32" else self.dtype)
             if row.style != "ours":
                 step = _with_attention(step, model, "naive" if naive else "sdpa")
+            else:
+                _workload.race_training(model, x, y, None if row.dtype == "fp32" else self.dtype)
             cases[f"{key} training"] = step
         times = interleave(cases, self.device, rounds=self.rounds, tick=self.tick, budget=budget)
         optimizers = {}
