@@ -5,14 +5,12 @@
     python benchmarks/memory.py --depth 4       fewer blocks, for a quick look
 
 What a process holds at most during two steps of a plan beyond what it held after its imports: weights, what is kept
-between steps, activations. The model that was prepared is freed before. Linux only (/proc).
+between steps, activations. The model that was prepared is freed before. Linux only (/proc), looked at every 2 ms.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
 import subprocess
 import sys
@@ -25,8 +23,9 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import _cli
+from maetok_fast.bench.timing import PeakMemory, held_bytes
 
-STATUS = Path("/proc/self/status")
+CPU = torch.device("cpu")
 # form -> the dtype that it computes in, that of its weights; None: not prepared
 FORMS: dict[str, tuple[str, str | None]] = {
     "plain fp32": ("float32", None),
@@ -45,8 +44,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--depth", type=_cli.count, default=28)
     add("--form", choices=FORMS, help="this form alone, in this process; prints JSON")
     args = parser.parse_args(argv)
-    if not STATUS.exists():
-        parser.error("needs Linux's /proc/self/status")
+    if held_bytes(CPU) is None:
+        parser.error("this system does not show a process's memory in /proc")
     return args
 
 
@@ -79,7 +78,7 @@ def of_form(form: str, batch: int, depth: int) -> dict[str, Any]:
     x, y = torch.randn(batch, 128, 32), torch.arange(batch)
     ts = torch.linspace(1, 0, 9)[:-1]
     torch.nn.functional.linear(x, torch.ones(64, 32))  # the libraries' own memory is no model's
-    before = held("VmRSS")
+    before = held_bytes(CPU)
     model: Any = SiT(SiTConfig(depth=depth)).eval().to(dtype)
     if weights is None:
 
@@ -95,19 +94,11 @@ def of_form(form: str, batch: int, depth: int) -> dict[str, Any]:
 
     with torch.no_grad():
         step(0)
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
-        kept = held("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        for i in (1, 2):
-            step(i)
-    return {"form": form, "kept": kept - before, "peak": held("VmHWM") - before}
-
-
-def held(what: str) -> int:
-    """Bytes that this process holds now (VmRSS) or has held at most (VmHWM)."""
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(what))
-    return 1024 * int(line.split()[1])
+        kept = held_bytes(CPU)
+        with PeakMemory(CPU) as peak:
+            for i in (1, 2):
+                step(i)
+    return {"form": form, "kept": kept - before, "peak": kept - before + peak.extra_bytes}
 
 
 if __name__ == "__main__":

@@ -96,3 +96,13 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     _native.lib().cpu_limit(request.param)
     yield request.param
     _native.lib().cpu_limit(most)
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> Any:
+    """The demo's models in fp32."""
+    from maetok_fast.pipeline import Pipeline
+    from maetok_fast.pipeline.demo import demo_generator, demo_tokenizer
+
+    torch.manual_seed(0)
+    return Pipeline(demo_tokenizer(), demo_generator(), precision="fp32")

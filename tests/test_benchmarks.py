@@ -26,7 +26,6 @@ from benchmarks import (
     compare,
     cost,
     measure,
-    memory,
     models,
     throughput,
 )
@@ -38,7 +37,7 @@ from benchmarks.baselines.sit import SiT as PlainSiT
 from benchmarks.baselines.sit import guided_step
 from maetok_fast.bench import machine
 from maetok_fast.bench.budget import Budget, Speed, calibrate
-from maetok_fast.bench.timing import PeakMemory, interleave
+from maetok_fast.bench.timing import PeakMemory, held_bytes, interleave
 from maetok_fast.diffusion import sample
 from maetok_fast.inference import prepare
 from maetok_fast.models import MAETok, MAETokConfig, SiT, SiTConfig, ViTSize
@@ -682,7 +681,7 @@ def test_where_the_time_goes_adds_up():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in fast.model.modules())
 
 
-@pytest.mark.skipif(not memory.STATUS.exists(), reason="Linux's /proc")
+@pytest.mark.skipif(held_bytes(CPU) is None, reason="this system does not show a process's memory")
 def test_memory_of_a_model():
     """In a process of its own, as the table has it: this one has memory that it freed and kept."""
     script = ROOT / "benchmarks" / "memory.py"

@@ -26,12 +26,6 @@ def _one_thread(one_thread: None) -> None:
     pass
 
 
-@pytest.fixture(scope="module")
-def pipeline() -> Pipeline:
-    torch.manual_seed(0)
-    return Pipeline(demo_tokenizer(), demo_generator(), precision="fp32")
-
-
 # ---- statistics
 
 SHAPES = {"tokens": (16, 8), "grid": (8, 4, 4)}

@@ -9,20 +9,19 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from typer.testing import CliRunner
 
 from maetok_fast.cli import app
 from maetok_fast.kernels import _native
 from maetok_fast.pipeline import Pipeline, RunError, SamplingRun, seed_of
-from maetok_fast.pipeline.demo import demo_generator, demo_tokenizer
 from maetok_fast.pipeline.run import equal_labels, random_labels, write_grid, write_npz
 
 LABELS = [0, 1, 2, None, 4, 5, 6, 7, 8, 9, 0]
@@ -32,12 +31,6 @@ SETTINGS: dict[str, Any] = {"steps": 2, "method": "euler"}
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread(one_thread: None) -> None:
     pass
-
-
-@pytest.fixture(scope="module")
-def pipeline() -> Pipeline:
-    torch.manual_seed(0)
-    return Pipeline(demo_tokenizer(), demo_generator(), precision="fp32")
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -97,7 +90,7 @@ def test_a_run_that_was_killed_goes_on(stop: int, pipeline: Pipeline, tmp_path: 
     with pytest.raises(Killed):
         run.make(pipeline, done)
     (run.out / ".writing-abc").write_bytes(b"half a picture")
-    with pytest.raises(RunError, match=r"of 11 samples are missing; run it again") if stop < 10 else _nothing():
+    with pytest.raises(RunError, match=r"of 11 samples are missing; run it again") if stop < 10 else nullcontext():
         run.finish({"images": 0, "seconds": 0.0})
     before = {name: (run.out / name).stat().st_mtime_ns for name in files(run.out) if name != "grid.png"}
     assert len(before) == stop + 1
@@ -108,11 +101,6 @@ def test_a_run_that_was_killed_goes_on(stop: int, pipeline: Pipeline, tmp_path: 
     assert complete(again, pipeline) == whole
     assert all((run.out / name).stat().st_mtime_ns == at for name, at in before.items())
     assert again.make(pipeline)["images"] == 0
-
-
-class _nothing:
-    def __enter__(self) -> None: ...
-    def __exit__(self, *_: object) -> None: ...
 
 
 @own_bits

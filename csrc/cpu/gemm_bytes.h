@@ -3,6 +3,7 @@
 // the way in, and sums of int32 into fp32 on the way out.
 #pragma once
 
+#include "cpu/activations.h"
 #include "cpu/gemm_rows.h"
 
 namespace mf {
@@ -10,9 +11,9 @@ namespace MF_VARIANT {
 
 #ifdef MF_HAS_BYTES
 
-// round(v) + 128 of v in -127 .. 127, ties to even: 1.5 * 2^23 leaves no bit of a mantissa for a fraction.
+// round(v) + 128 of v in -127 .. 127, ties to even.
 MF_INLINE void store_bytes(uint8_t* to, vf v) {
-  const vu bits = (vu)(v + splat(12582912.0f + 128.0f)) & 0xffu;
+  const vu bits = (vu)(v + splat(kRound + 128.0f)) & 0xffu;
 #ifdef MF_AVX512
   _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8((__m512i)bits));
 #else
@@ -22,8 +23,10 @@ MF_INLINE void store_bytes(uint8_t* to, vf v) {
 #endif
 }
 
-// Bytes of scratch that `quantise_rows` takes: a row in fp32, and E::rows rows of bytes.
-template <class E> constexpr int64_t quantise_scratch(int64_t dwords) { return dwords * 4 * (4 + E::rows); }
+// Bytes of scratch that `quantise_rows` takes: a row in fp32, and E::rows rows of bytes, W at least to transpose.
+template <class E> constexpr int64_t quantise_scratch(int64_t dwords) {
+  return dwords * 4 * (4 + (E::rows > W ? E::rows : W));
+}
 
 // Rows first .. first + rows - 1 of x into a panel, and scales[0 ..]: row r is scales[r] (byte - 128). A row with a NaN or
 // an infinity has NaN for a scale, hence for all of its products.
@@ -37,14 +40,11 @@ static void quantise_rows(const GemmArgs& g, int64_t first, int64_t rows, int64_
     const int64_t m = first + r;
     const T* x = (const T*)g.x.data + m * g.x_row;
     const RowStatistics statistics = norm.kind == 0 ? RowStatistics{0.0f, 1.0f} : row_statistics(x, g.K, norm);
-    const int64_t modulated = norm.kind == 0 ? -1 : modulation_row(m / norm.tokens, m % norm.tokens, norm.tokens, norm.modulated, norm.per_image);
+    const int64_t modulated = norm.kind == 0 ? -1 : modulation_of(norm, m);
     vf largest = {}, none = {};  // none: zeros, or what a zero times something not finite is
     each(g.K, [&](int64_t k, auto part) {
       vf v = load(x + k, part);
-      if (norm.kind != 0) {
-        const Affine affine = affine_of(norm, modulated, k, part);
-        v = keep(fma((v - splat(statistics.mean)) * splat(statistics.scale), affine.a, affine.c), part);
-      }
+      if (norm.kind != 0) v = keep(normed(v, statistics, affine_of(norm, modulated, k, part)), part);
       store(row + k, v, Full{});
       largest = larger((vf)((vu)v & 0x7fffffffu), largest);
       none = fma(v, (vf){}, none);
@@ -64,11 +64,8 @@ static void quantise_rows(const GemmArgs& g, int64_t first, int64_t rows, int64_
         else memset(to, 0, 64);
       }
   } else {
-    alignas(64) uint32_t lines[W == 16 ? 16 : 8][W] = {};
-    for (int64_t d = 0; d < dwords; d += W) {
-      for (int64_t r = 0; r < rows; ++r) memcpy(lines[r], bytes + (r * dwords + d) * 4, sizeof lines[r]);
-      transpose_out(lines[0], W, rows, W, (uint32_t*)panel + d * rows, rows);
-    }
+    for (int64_t d = 0; d < dwords; d += W)
+      transpose_out((const uint32_t*)bytes + d, dwords, rows, W, (uint32_t*)panel + d * rows, rows);
   }
 }
 

@@ -70,6 +70,15 @@ template <class K> MF_INLINE Affine affine_of(const GemmNorm& norm, int64_t row,
   return {factor, c};
 }
 
+MF_INLINE vf normed(vf v, const RowStatistics& s, const Affine& affine) {
+  return fma((v - splat(s.mean)) * splat(s.scale), affine.a, affine.c);
+}
+
+// The row of its modulation for row m of x, -1 for none.
+MF_INLINE int64_t modulation_of(const GemmNorm& norm, int64_t m) {
+  return modulation_row(m / norm.tokens, m % norm.tokens, norm.tokens, norm.modulated, norm.per_image);
+}
+
 // v as the dwords of engine E: fp32 as it is, or half a vector of bf16 pairs.
 template <class E> MF_INLINE void store_dwords(uint32_t* to, vf v) {
   if (E::step == 1) store((float*)to, v, Full{});
@@ -108,7 +117,7 @@ template <class E, class T> static void pack_rows(const GemmArgs& g, int64_t fir
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t m = first + r;
         const T* row = x + m * g.x_row;
-        const int64_t wanted = norm.kind == 0 ? -2 : modulation_row(m / norm.tokens, m % norm.tokens, norm.tokens, norm.modulated, norm.per_image);
+        const int64_t wanted = norm.kind == 0 ? -2 : modulation_of(norm, m);
         const bool change = wanted != modulated;
         modulated = wanted;
 #pragma GCC unroll 2
@@ -120,7 +129,7 @@ template <class E, class T> static void pack_rows(const GemmArgs& g, int64_t fir
             vf v = load(row + at, k);
             if (norm.kind != 0) {
               if (change) affine[half] = affine_of(norm, wanted, at, k);
-              v = fma((v - splat(statistics[r].mean)) * splat(statistics[r].scale), affine[half].a, affine[half].c);
+              v = normed(v, statistics[r], affine[half]);
             }
             return v;
           };

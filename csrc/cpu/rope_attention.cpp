@@ -64,7 +64,7 @@ template <class F> MF_INLINE void pack_transposed(float* lines, int64_t line, in
 }
 
 // 2^t for t <= 0, 2^-126 below that; NaN gives some number.
-template <bool LONG> MF_INLINE vf exp2_short(vf t) {
+template <bool LONG> MF_INLINE vf exp2_below(vf t) {
   const vf c = larger(t, splat(-126.0f)), shifted = c + splat(kRound), f = c - (shifted - splat(kRound));
   return (vf)((vu)exp2_within<LONG>(f) + ((vu)shifted << 23));
 }
@@ -82,7 +82,7 @@ template <bool LONG> MF_INLINE Softmax softmax(float* scores, int64_t keys) {
   if (n < keys) most = larger(load(scores + n * NR, Full{}), most);
   most = larger(more, most);
   const auto weight = [&](int64_t at) {
-    const vf t = load(scores + at * NR, Full{}) - most, e = exp2_short<LONG>(t);
+    const vf t = load(scores + at * NR, Full{}) - most, e = exp2_below<LONG>(t);
     store(scores + at * NR, e, Full{});
     doubt += t;
     return e;

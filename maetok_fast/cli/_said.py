@@ -6,11 +6,14 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import typer
 
-__all__ = ["barrier", "in_a_sentence", "processes", "progress"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["barrier", "device", "in_a_sentence", "processes", "progress"]
 
 
 @contextlib.contextmanager
@@ -23,17 +26,25 @@ def in_a_sentence() -> Iterator[None]:
         raise typer.Exit(2) from None
 
 
-@contextlib.contextmanager
-def processes(device: str) -> Iterator[tuple[Any, int, int]]:
-    """(torch.device, number of this process, how many there are), as torchrun and accelerate launch say it."""
+def device(name: str) -> torch.device:
+    """The device of --device, by default CUDA where there is one; ValueError in words where there is none such."""
     import torch
+
+    from maetok_fast.bench.machine import find_device
+
+    return find_device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+@contextlib.contextmanager
+def processes(name: str) -> Iterator[tuple[torch.device, int, int]]:
+    """(device, number of this process, how many there are), as torchrun and accelerate launch say it. name: as
+    `device`'s."""
     import torch.distributed as dist
 
     count, process = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", "1"), ("RANK", "0")))
-    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and count > 1:
-        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    where = torch.device(name)
+    where = device(name)
+    if where.type == "cuda" and where.index is None and count > 1:
+        where = device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
     if count > 1:
         dist.init_process_group("gloo")
     try:

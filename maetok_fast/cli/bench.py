@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from . import _said
+
 app = typer.Typer(no_args_is_help=True, help="Measure on this machine.")
 
 
@@ -33,13 +35,11 @@ def bench_ops(
     load: Annotated[Path | None, typer.Option(help="Measure nothing, show what --json wrote.")] = None,
 ) -> None:
     """Every op at the models' shapes against plain torch, torch.compile and the machine's ceilings."""
-    import torch
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from maetok_fast.bench import cases, ops, table
     from maetok_fast.bench.budget import Budget
-    from maetok_fast.bench.machine import find_device
     from maetok_fast.kernels._drive import load as load_ops
 
     try:
@@ -55,7 +55,7 @@ def bench_ops(
                 direction=direction or cases.DIRECTIONS,
                 samples=1 if quick else None,
             )
-            where = find_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            where = _said.device(device)
             columns = TextColumn("{task.description:<60}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
             with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
                 task = bar.add_task("", total=len(found), completed=-1)

@@ -90,11 +90,9 @@ def decode(
 
 
 def _pipeline(tokenizer: str, statistics: str, precision: str, device: str) -> Any:
-    import torch
-
     from maetok_fast.pipeline import Pipeline
 
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    where = _said.device(device)
     return Pipeline.from_pretrained(tokenizer, statistics=statistics or None, device=where, precision=precision)
 
 

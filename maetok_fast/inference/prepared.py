@@ -94,8 +94,6 @@ def prepare(
             raise ValueError(f"weights={weights} cannot be used here: {reason}")
     if reproducible:
         reason = why_not_packed("fp32", device)
-        if reason is None and resolved.dtype == torch.float16:
-            reason = "packed products are of float32 and bfloat16"
         if reason is not None:
             raise ValueError(f"reproducible=True cannot be had here: {reason}")
     target = Target(resolved.dtype, resolved.dtype if weights is None else weights, reproducible)

@@ -31,7 +31,7 @@ from torch import Tensor
 from maetok_fast.data.images import SUFFIXES, ImageError, load_image, to_uint8
 from maetok_fast.models import CheckpointError
 from maetok_fast.pipeline.pipeline import Pipeline
-from maetok_fast.pipeline.run import RunError, save_png, write_grid, written
+from maetok_fast.pipeline.run import RunError, make_folder, save_png, write_grid, written
 
 __all__ = ["Passed", "decode", "encode", "read_images", "reconstruct"]
 
@@ -87,7 +87,7 @@ def reconstruct(
 ) -> Passed:
     """See the module's table. A file that exists already is written anew."""
     names, passed, size = names_of(source), Passed(), _square(pipeline)
-    _folder(out)
+    make_folder(out)
     rows: list[list[Any]] = []
     shown: list[tuple[str, np.ndarray, np.ndarray]] = []
     for part in _batches(read_images(source, names, size, crop, passed), batch):
@@ -118,7 +118,7 @@ def encode(
     from safetensors.torch import save_file
 
     names, passed, size = names_of(source), Passed(), _square(pipeline)
-    _folder(out.parent)
+    make_folder(out.parent)
     parts = []
     for part in _batches(read_images(source, names, size, crop, passed), batch):
         parts.append(pipeline.encode(torch.stack([image for _, image in part])).cpu())
@@ -152,7 +152,7 @@ def decode(pipeline: Pipeline, source: Path, out: Path, *, batch: int = 8, tick:
     if normalised != (pipeline.statistics is not None):
         raise RunError(f"{source}: its latents are {'' if pipeline.statistics is None else 'not '}normalised: give the "
                        "tokenizer, and the statistics, that they were encoded with")  # fmt: skip
-    _folder(out)
+    make_folder(out)
     for start in range(0, len(latents), batch):
         images = to_uint8(pipeline.decode(latents[start : start + batch].to(pipeline.device)))
         for name, image in zip(names[start:], images):
@@ -205,13 +205,6 @@ def _png(out: Path, name: str) -> Path:
     path = path.with_name(path.name + ".png" if path.suffix.lower() != ".png" else path.name)
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
-
-
-def _folder(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"{out}: cannot be made ({error.strerror or error}); give another --out") from None
 
 
 def _first(refused: dict[str, str]) -> str:

@@ -26,12 +26,12 @@ from maetok_fast.data.images import to_uint8
 from maetok_fast.diffusion import sample
 from maetok_fast.inference import prepare
 from maetok_fast.kernels import _native
-from maetok_fast.models import MAETok, MAETokConfig, SiTConfig, load_generator
+from maetok_fast.models import MAETok, MAETokConfig, load_generator
 from maetok_fast.models.checkpoints.locate import STATISTICS
 from maetok_fast.models.sit import DiffusionTransformer
 from maetok_fast.pipeline.noise import SampleNoise
 from maetok_fast.pipeline.statistics import LatentStatistics
-from maetok_fast.precision import Precision, resolve
+from maetok_fast.precision import Precision
 
 __all__ = ["Batch", "Generated", "Pipeline", "latent_shape"]
 
@@ -85,13 +85,12 @@ class Pipeline:
             raise TypeError(f"Pipeline: tokenizer must be a MAETok, got {type(tokenizer).__name__}")
         self.device = next(tokenizer.parameters()).device
         if reproducible is None:
-            packed = self.device.type == "cpu" and _native.why_missing() is None
-            reproducible = packed and resolve(precision, self.device, packed=True).dtype != torch.float16
+            reproducible = self.device.type == "cpu" and _native.why_missing() is None
         self.shape = latent_shape(tokenizer.config)
         self.statistics = LatentStatistics.of_config(tokenizer.config) if statistics is None else statistics
         for name, model in (("generator", generator), ("negative", negative)):
             if model is not None:
-                self._check(name, model, tokenizer.config)
+                self._check(name, model)
         if generator is None and negative is not None:
             raise ValueError("Pipeline: negative is a second generator for autoguidance, and there is no first")
         if self.statistics is not None:
@@ -103,11 +102,11 @@ class Pipeline:
         self.negative = None if negative is None else prepare(negative, **options)
         self.precision, self.reproducible = self.tokenizer.precision, reproducible
 
-    def _check(self, name: str, generator: DiffusionTransformer, config: MAETokConfig) -> None:
-        other: SiTConfig = generator.config
+    def _check(self, name: str, generator: DiffusionTransformer) -> None:
         if not isinstance(generator, DiffusionTransformer):
             raise TypeError(f"Pipeline: {name} must be a SiT or LightningDiT, got {type(generator).__name__}")
-        given = (other.tokens, other.channels) if isinstance(other.tokens, int) else (other.channels, *other.tokens)
+        tokens, channels = generator.config.tokens, generator.config.channels
+        given = (tokens, channels) if isinstance(tokens, int) else (channels, *tokens)
         if given != self.shape:
             raise ValueError(
                 f"Pipeline: the {name} samples latents of shape {given}, the tokenizer decodes {self.shape} (tokens, "

@@ -13,6 +13,7 @@ Memory is flat: the .npz is written picture by picture.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -27,10 +28,21 @@ from typing import Any
 import numpy as np
 from numpy.lib import format as npy
 
+from maetok_fast.models.checkpoints.files import settle
 from maetok_fast.pipeline.noise import seed_of
 from maetok_fast.pipeline.pipeline import Pipeline
 
-__all__ = ["RunError", "SamplingRun", "equal_labels", "random_labels", "save_png", "write_grid", "write_npz", "written"]
+__all__ = [
+    "RunError",
+    "SamplingRun",
+    "equal_labels",
+    "make_folder",
+    "random_labels",
+    "save_png",
+    "write_grid",
+    "write_npz",
+    "written",
+]
 
 GRID = 64  # samples at most
 
@@ -73,10 +85,9 @@ class SamplingRun:
     @property
     def asked(self) -> dict[str, Any]:
         """What a picture depends on, as run.json has it."""
-        labels = np.array([-1 if label is None else label for label in self.labels], dtype=np.int64)
         return {
             "samples": len(self.labels),
-            "labels_sha256": _digest(labels.tobytes()),
+            "labels_sha256": hashlib.sha256(_numbers(self.labels).tobytes()).hexdigest()[:16],
             "global_seed": self.global_seed,
             "settings": self.settings or {},
             **(self.about or {}),
@@ -88,10 +99,7 @@ class SamplingRun:
 
     def begin(self) -> None:
         """Makes the folder, or checks that what lies there is of this run. RunError names what differs."""
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunError(f"{self.out}: cannot be made ({error.strerror or error}); give another --out") from None
+        make_folder(self.out)
         asked = json.loads(json.dumps(self.asked))
         if self.record.exists():
             before = self._recorded()["asked"]
@@ -161,7 +169,7 @@ def write_npz(path: Path, files: Sequence[Path], labels: Sequence[int | None]) -
 
     def write(to: Path) -> None:
         first = _pixels(files[0])
-        numbers = np.array([-1 if label is None else label for label in labels], dtype=np.int64)
+        numbers = _numbers(labels)
         with zipfile.ZipFile(to, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
             for name, shape, dtype, parts in (
                 ("arr_0", (len(files), *first.shape), first.dtype, (_pixels(file) for file in files)),
@@ -217,19 +225,24 @@ def written(path: Path, write: Callable[[Path], Any]) -> None:
     temporary = Path(name)
     try:
         write(temporary)
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
+        settle(temporary)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 
 
-def _digest(data: bytes) -> str:
-    import hashlib
+def make_folder(folder: Path) -> None:
+    """RunError where it cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be made ({error.strerror or error}); give another --out") from None
 
-    return hashlib.sha256(data).hexdigest()[:16]
+
+def _numbers(labels: Sequence[int | None]) -> np.ndarray:
+    """int64, -1 for none."""
+    return np.array([-1 if label is None else label for label in labels], dtype=np.int64)
 
 
 def _short(value: Any) -> str:

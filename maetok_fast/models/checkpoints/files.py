@@ -26,7 +26,7 @@ from maetok_fast.models.checkpoints.layout import CheckpointError
 
 # safetensors is imported where it is used: models are made and run without it
 
-__all__ = ["read_config", "read_weights", "save_id", "storable", "write_together", "write_weights"]
+__all__ = ["read_config", "read_weights", "save_id", "settle", "storable", "write_together", "write_weights"]
 
 # ---- reading -------------------------------------------------------------------------------------------------------
 
@@ -190,7 +190,7 @@ def write_together(writers: Mapping[Path, Callable[[Path], None]]) -> None:
         for path, write in writers.items():
             temporary[path] = _reserve(path)
             write(temporary[path])
-            _settle(temporary[path])
+            settle(temporary[path])
         for path in writers:
             replaced[path] = _second_name(path)
             os.replace(temporary[path], path)
@@ -219,7 +219,7 @@ def _reserve(path: Path) -> Path:
     return Path(name)
 
 
-def _settle(path: Path) -> None:
+def settle(path: Path) -> None:
     """Makes the file readable as files usually are (mkstemp and safetensors make private ones), and waits until it is
     on disk: a rename may otherwise outlive its content."""
     umask = os.umask(0)
