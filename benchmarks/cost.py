@@ -86,7 +86,7 @@ class Launch:
 
 def extra_samples(op: str) -> list[Any]:
     """Samples beside the real ones, for the rows of the tile table that no model of the library reaches."""
-    if op != "rope_attention":
+    if op not in ("rope_attention", "rope_attention_jvp"):
         return []
     import torch
 
@@ -94,7 +94,7 @@ def extra_samples(op: str) -> list[Any]:
 
     def wide(rotated: bool) -> Callable[[Callable[..., Any]], dict[str, Any]]:
         def make(randn: Callable[..., Any]) -> dict[str, Any]:
-            args = {"qkv": randn(4, 256, 3, 16, 128)}
+            args = {name: randn(4, 256, 3, 16, 128) for name in ("qkv", "dqkv")[: 2 if op.endswith("jvp") else 1]}
             return args | {"rope": randn(2, 16, 256, 64, dtype=torch.float32)} if rotated else args
 
         return make
@@ -114,8 +114,7 @@ def record(
     import torch
     from triton.runtime.jit import JITFunction
 
-    from maetok_fast.kernels import _rope_attention_triton as attention
-    from maetok_fast.kernels import _tiles, ops
+    from maetok_fast.kernels import _rope_attention_jvp_triton, _rope_attention_triton, _tiles, ops
     from maetok_fast.kernels._tiles import pretend_arch
 
     seen: dict[Launch, None] = {}
@@ -139,7 +138,9 @@ def record(
         return _tiles.attention_tile(kernel, itemsize, head_dim, rotates)
 
     stock, JITFunction.run = JITFunction.run, run
-    attention.attention_tile = attention_tile
+    attentions: list[Any] = [_rope_attention_triton, _rope_attention_jvp_triton]
+    for module in attentions:
+        module.attention_tile = attention_tile
     try:
         with pretend_arch(arch):
             for op, dtype in itertools.product(records or ops().values(), dtypes):
@@ -148,7 +149,8 @@ def record(
                         _run(op, sample, getattr(torch, dtype), current)
     finally:
         JITFunction.run = stock
-        attention.attention_tile = _tiles.attention_tile
+        for module in attentions:
+            module.attention_tile = _tiles.attention_tile
     return list(seen), counts
 
 

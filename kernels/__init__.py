@@ -39,4 +39,5 @@ from .linear import *
 from .lpips import *
 from .patchgan import *
 from .rope_attention import *
+from .rope_attention_jvp import *
 from .token_mask import *

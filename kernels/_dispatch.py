@@ -2,7 +2,8 @@
 """Which backend computes a call: the only door, for the op records and for what is none (`ema_update`, `Fp8Linear`).
 
     forced by `backend(...)`?  ── that one, or BackendError with the reason
-    under torch.func or forward-mode AD, with a tangent?  ── "reference": kernels have no tangents
+    under torch.func or forward-mode AD, with a tangent?  ── the op's `tangent`, where it has one that can; else
+                                      "reference": other kernels have no tangents
     else the first of the device's backends that has no reason against it, else "reference" (strict mode raises)
 
 All of it is Python on shapes and dtypes: torch.compile traces through it and sees a constant.
@@ -118,6 +119,14 @@ def transformed(values: Iterable[Any]) -> bool:
     return forward_ad._current_level >= 0 and has_tangent(values)
 
 
+def one_jvp(values: Iterable[Any]) -> bool:
+    """Whether forward-mode AD is on, once, and no other transform: dual numbers, or one `torch.func.jvp`."""
+    stack = torch._C._functorch.get_interpreter_stack()
+    if stack:
+        return len(stack) == 1 and stack[0].key() == torch._C._functorch.TransformType.Jvp
+    return has_tangent(values)
+
+
 def why_missing(name: str, device: str) -> str | None:
     """Why backend `name` cannot run on tensors of this device type here, or None. Constant in a process."""
     if name == "native":
@@ -200,6 +209,13 @@ def why_not(record: Record[..., Any], name: str, a: Any) -> str | None:
     return record.unsupported(name, a) if reason is None else reason
 
 
+def choose_kernels(record: Record[..., Any], a: Any) -> str:
+    """The backend for these arguments, whatever differentiates them."""
+    device = a[0].device.type
+    order = [b.name for b in ordered(record, device, a)]
+    return pick(record.name, device, order, record.known, lambda name: why_not(record, name, a))
+
+
 def choose(record: Record[..., Any], a: Any) -> str:
     """The backend for these arguments, as the module's docstring draws it."""
     if _State.forced == "reference":
@@ -208,6 +224,4 @@ def choose(record: Record[..., Any], a: Any) -> str:
         if _State.strict or _State.forced is not None:
             raise BackendError(f"{record.name}: kernels have no torch.func or forward-mode derivatives, only ref has")
         return "reference"
-    device = a[0].device.type
-    order = [b.name for b in ordered(record, device, a)]
-    return pick(record.name, device, order, record.known, lambda name: why_not(record, name, a))
+    return choose_kernels(record, a)

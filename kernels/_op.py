@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ._dispatch import autocasts, choose, no_autocast, ordered, why_missing, why_not
+from ._dispatch import autocasts, choose, no_autocast, ordered, transformed, why_missing, why_not
 from ._record import RECORDS, P, R, Record
 from ._registration import plain_eager, register
 
@@ -70,6 +70,10 @@ class Op(Record[P, R]):
         return self.coerce(a)
 
     def _compute(self, a: Any) -> R:
+        if self.tangent is not None and transformed(a):
+            name = self.tangent.choose(a)
+            if name != "reference":
+                return cast(R, self.tangent.compute(self, name, a))
         chosen = choose(self, a)
         if chosen == "reference":
             with no_autocast(a[0].device.type):

@@ -16,12 +16,23 @@ from collections import namedtuple
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from inspect import Parameter, signature
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["EMPTY", "RECORDS", "TOKEN_SHAPES", "Backend", "BackendError", "Cost", "Record", "Sample", "drawn"]
+__all__ = [
+    "EMPTY",
+    "RECORDS",
+    "TOKEN_SHAPES",
+    "Backend",
+    "BackendError",
+    "Cost",
+    "Record",
+    "Sample",
+    "Tangent",
+    "drawn",
+]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -98,6 +109,17 @@ class Backend:
     allocates: bool = False
 
 
+class Tangent(NamedTuple):
+    """How an op computes its outputs together with their tangents, under one level of forward-mode AD.
+
+    choose(a): the name of the kernels that do, or "reference": the op's own reference, by torch's formulas.
+    compute(record, name, a): the outputs, with tangents and, of the kernels' outputs, gradients.
+    """
+
+    choose: Callable[[Any], str]
+    compute: Callable[[Any, str, Any], Any]
+
+
 @dataclass(eq=False)
 class Record(Generic[P, R]):
     """The record of an op.
@@ -126,6 +148,7 @@ class Record(Generic[P, R]):
         a tuple     one of these dtypes (masks, indices, uint8 pixels), handed on as it is, no part of the rule
     residual: name of the argument whose gradient is the output's own gradient (x in x + f), so nobody copies it.
     written: arguments whose gradients the kernels write whether wanted or not.
+    tangent: see `Tangent`; None: tangents are the reference's.
     prefer: prefer(a) -> names of backends in the order in which these arguments want them; None, and for those that it
         leaves out: the order of `cpu` and `cuda`.
     """
@@ -148,6 +171,7 @@ class Record(Generic[P, R]):
     roles: Mapping[str, str | tuple[torch.dtype, ...]] = field(default_factory=dict)
     residual: str | None = None
     written: tuple[str, ...] = ()
+    tangent: Tangent | None = None
     prefer: Callable[[Any], Sequence[str]] | None = None
 
     def __post_init__(self) -> None:

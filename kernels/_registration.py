@@ -242,7 +242,8 @@ def register(record: Record[..., Any]) -> tuple[Callable[..., Any], Callable[...
 
 def _answer_tangents(forward_op: Any, record: Record[..., Any], shaped: Callable[..., Any]) -> None:
     """Puts the reference before the op's autograd kernel, under torch.func and where an argument has a tangent. What a
-    backend would have saved is left empty: the reference's own graph does the backward."""
+    backend would have saved is left empty: the reference's own graph does the backward. (An op's `tangent` is for eager
+    calls: at this key torch refuses an autograd.Function under torch.func.)"""
     usual = make_autograd_impl(forward_op._opoverload, forward_op)
 
     def autograd(keyset: Any, name: str, *args: Any) -> Any:

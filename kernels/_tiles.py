@@ -47,6 +47,13 @@ ATTENTION_TILES: dict[tuple[str, int, int, bool | None], dict[int, Tile]] = {
     ("dkdv", 2, 128, None): {80: Tile(32, 64, 8, 2)},
     ("dkdv", 4, 80, None): {80: Tile(32, 32, 8, 1)},
     ("dkdv", 4, 128, None): {80: Tile(16, 16, 8, 1)},
+    ("jvp", 2, 80, True): {90: Tile(64, 32, 8, 1), 80: Tile(64, 16, 8, 1)},
+    ("jvp", 2, 80, False): {80: Tile(64, 32, 8, 1)},
+    ("jvp", 2, 128, True): {90: Tile(64, 32, 8, 1), 80: Tile(16, 32, 8, 1)},
+    ("jvp", 2, 128, False): {90: Tile(64, 32, 8, 1), 80: Tile(32, 32, 8, 1)},
+    ("jvp", 4, 80, True): {80: Tile(16, 16, 8, 1)},
+    ("jvp", 4, 80, False): {80: Tile(32, 16, 8, 1)},
+    ("jvp", 4, 128, None): {80: Tile(16, 16, 8, 1)},
 }
 
 # Which attention to ask first on CUDA, by the tokens at most. No timing on a GPU stands behind it yet. Triton's takes
@@ -102,7 +109,7 @@ def head_split(head_dim: int) -> tuple[int, int]:
 
 
 def attention_tile(kernel: str, itemsize: int, head_dim: int, rotates: bool) -> Tile:
-    """The tile of a rope_attention kernel ("fwd", "dq" or "dkdv") on `arch()`."""
+    """The tile of a rope_attention kernel ("fwd", "dq", "dkdv", or "jvp") on `arch()`."""
     for (name, size, width, rotating), by_arch in ATTENTION_TILES.items():
         if name == kernel and size == itemsize and head_dim <= width and rotating in (None, rotates):
             for least, tile in by_arch.items():

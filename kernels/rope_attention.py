@@ -34,10 +34,12 @@ from torch import Tensor
 from . import _native, _tune
 from ._dispatch import no_autocast, transformed
 from ._op import Op
-from ._record import EMPTY, Backend, Sample
+from ._record import Backend, Sample
 from ._rope_attention_libraries import ATTENTIONS, library
 from ._rope_attention_triton import triton_backward, triton_forward
-from ._tiles import attention_order, over_grid
+from ._rope_formula import prepared, query_count, why_not_grid, why_not_native, why_not_triton
+from ._tiles import attention_order
+from .rope_attention_jvp import TANGENT
 
 __all__ = ["rope_attention", "rope_attention_ref", "rope_table"]
 
@@ -65,41 +67,6 @@ def rope_table(freqs: Tensor, pos: Tensor) -> Tensor:
         x, y = pos.to(freqs).unbind(1)
         angle = x[:, None] * freqs[0].unsqueeze(-2) + y[:, None] * freqs[1].unsqueeze(-2)
         return torch.stack((angle.cos(), angle.sin()), dim=-4)
-
-
-def _norm_ref(x: Tensor, weight: Tensor | None, bias: Tensor | None, qk_norm: str, eps: float) -> Tensor:
-    if qk_norm == "rms":
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-        return x if weight is None else x * weight
-    return F.layer_norm(x, x.shape[-1:], weight, bias, eps) if qk_norm == "layer" else x
-
-
-def _rotate_ref(x: Tensor, rope: Tensor, prefix: int, index: Tensor | None) -> Tensor:
-    """x (B, N, heads, head_dim), rotated where the table, or the index into it, has a row."""
-    if index is None:
-        cos, sin = rope.transpose(1, 2).unsqueeze(1).unbind(0)
-    else:
-        rows = rope.index_select(2, index.flatten()).unflatten(2, index.shape)
-        cos, sin = rows.permute(0, 2, 3, 1, 4).unbind(0)
-    stop = prefix + cos.shape[1]
-    a, b = x[:, prefix:stop].unflatten(-1, (-1, 2)).unbind(-1)
-    rotated = torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
-    return torch.cat((x[:, :prefix], rotated, x[:, stop:]), 1)
-
-
-def _prepared(a: Any) -> tuple[Tensor, Tensor]:
-    """Normalised and rotated q and k, (B, N, heads, head_dim) in qkv's dtype; computed in fp32 or fp64."""
-    wide = torch.float64 if a.qkv.dtype == torch.float64 else torch.float32
-    q = _norm_ref(a.qkv[:, :, 0].to(wide), a.q_weight, a.q_bias, a.qk_norm, a.eps)
-    k = _norm_ref(a.qkv[:, :, 1].to(wide), a.k_weight, a.k_bias, a.qk_norm, a.eps)
-    if a.rope is not None:
-        q, k = _rotate_ref(q, a.rope, a.prefix, a.index), _rotate_ref(k, a.rope, a.prefix, a.index)
-    return q.to(a.qkv.dtype), k.to(a.qkv.dtype)
-
-
-def _count(a: Any) -> int:
-    """How many queries are asked for."""
-    return a.qkv.shape[1] - a.first_query if a.num_queries is None else a.num_queries
 
 
 def _attention_ref(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -140,8 +107,8 @@ def rope_attention_ref(
     a = rope_attention.Args(
         qkv, rope, q_weight, q_bias, k_weight, k_bias, prefix, qk_norm, eps, first_query, num_queries, index
     )
-    q, k = _prepared(a)
-    q = q[:, first_query : first_query + _count(a)]
+    q, k = prepared(a)
+    q = q[:, first_query : first_query + query_count(a)]
     return _attention_ref(*(x.transpose(1, 2) for x in (q, k, qkv[:, :, 2]))).transpose(1, 2).flatten(2)
 
 
@@ -150,7 +117,7 @@ def rope_attention_ref(
 
 def _native_prepare(a):
     """q (B, Nq, heads, head_dim), k and v (B, N, heads, head_dim), each with contiguous heads; v is a view of qkv."""
-    first, count = a.first_query, _count(a)
+    first, count = a.first_query, query_count(a)
     q, k, v = a.qkv.unbind(2)
     if a.rope is None and a.qk_norm == "none":
         return q[:, first : first + count], k, v
@@ -176,8 +143,8 @@ def _native_forward(a, out):
 
 def _own(a):
     batch, _n, _, heads, head_dim = a.qkv.shape
-    y = a.qkv.new_empty(batch, _count(a), heads * head_dim)
-    lse = a.qkv.new_empty(batch, _count(a), heads, dtype=torch.float32)
+    y = a.qkv.new_empty(batch, query_count(a), heads * head_dim)
+    lse = a.qkv.new_empty(batch, query_count(a), heads, dtype=torch.float32)
     _native.lib().rope_attention(
         a.qkv, a.rope, a.q_weight, a.q_bias, a.k_weight, a.k_bias, a.index, y.unflatten(2, a.qkv.shape[3:]), lse,
         a.prefix, a.first_query, _NORMS.index(a.qk_norm), a.eps,
@@ -196,11 +163,11 @@ def _fastest(a) -> str:
     otherwise = "torch" if level in ("v2", "generic") else "native"
     if not _tune.enabled():
         return otherwise
-    key = (level, torch.get_num_threads(), dtype, n, _count(a), heads, head_dim, a.rope is None, a.qk_norm)
+    key = (level, torch.get_num_threads(), dtype, n, query_count(a), heads, head_dim, a.rope is None, a.qk_norm)
     if key not in _chosen:
         rotated = "" if a.rope is None else ", rotated"
         _chosen[key] = _tune.fastest(
-            f"attention of {_count(a)} to {n} tokens, {heads} x {head_dim}{rotated}, {a.qk_norm} norm, {dtype}",
+            f"attention of {query_count(a)} to {n} tokens, {heads} x {head_dim}{rotated}, {a.qk_norm} norm, {dtype}",
             {"native": lambda: _own(a), "torch": lambda: _torch_flash(a)},
             otherwise,
         )
@@ -230,7 +197,7 @@ def _keep_non_finite(y: Tensor, lse: Tensor, q: Tensor, k: Tensor) -> None:
 
 def _native_backward(a, out, g, d):
     head_dim = a.qkv.shape[4]
-    first, count = a.first_query, _count(a)
+    first, count = a.first_query, query_count(a)
     q, k, v = _native_prepare(a)
     grad, y = g.y.view(q.shape), out.y.view(q.shape)
     dq, dk, dv = d.qkv.unbind(2)
@@ -278,34 +245,16 @@ def _check(a):
     for name in ("q_weight", "q_bias", "k_weight", "k_bias"):
         if getattr(a, name) is not None and (a.qk_norm == "none" or (a.qk_norm == "rms" and name.endswith("bias"))):
             raise ValueError(f"rope_attention: {name} has no meaning with qk_norm={a.qk_norm!r}")
-    first, count = a.first_query, _count(a)
+    first, count = a.first_query, query_count(a)
     if first < 0 or count < 0 or first + count > n:
         raise ValueError(f"rope_attention: queries {first} .. {first + count} are not within {n} tokens")
-
-
-def _why_not_native(a):
-    head_dim = a.qkv.shape[4]
-    if _count(a) == 0:
-        return EMPTY
-    return f"head_dim {head_dim}: the kernels take even ones up to 512" if head_dim % 2 or head_dim > 512 else None
-
-
-def _why_not_sdpa(a):
-    return EMPTY if _count(a) == 0 else over_grid(batch=a.qkv.shape[0], heads=a.qkv.shape[3])
-
-
-def _why_not_triton(a):
-    head_dim = a.qkv.shape[4]
-    if head_dim % 8 or not 16 <= head_dim <= 128:
-        return f"head_dim {head_dim}: the kernels take multiples of 8 from 16 to 128"
-    return _why_not_sdpa(a)
 
 
 def _why_not_xformers(a):
     head_dim = a.qkv.shape[4]
     if head_dim % 8 or head_dim > 256:
         return f"head_dim {head_dim}: it takes multiples of 8 up to 256"
-    return _why_not_sdpa(a)
+    return why_not_grid(a)
 
 
 def _why_not_flash(a):
@@ -316,7 +265,7 @@ def _why_not_flash(a):
 
 def _out(a, backend):
     batch, _n, _, heads, head_dim = a.qkv.shape
-    count = _count(a)
+    count = query_count(a)
     if backend == "native":  # torch's CPU flash attention lays its log-sum-exp out as (B, Nq, heads)
         lse = a.qkv.new_empty(batch, count, heads, dtype=torch.float32).transpose(1, 2)
     else:  # the libraries' backwards save nothing
@@ -325,7 +274,9 @@ def _out(a, backend):
 
 
 def _traffic(a):
-    size = a.qkv.element_size() * a.qkv.shape[0] * a.qkv.shape[3] * a.qkv.shape[4] * 2 * (a.qkv.shape[1] + _count(a))
+    size = (
+        a.qkv.element_size() * a.qkv.shape[0] * a.qkv.shape[3] * a.qkv.shape[4] * 2 * (a.qkv.shape[1] + query_count(a))
+    )
     return size + sum(t.nbytes for t in (a.rope, a.index) if t is not None)
 
 
@@ -377,14 +328,15 @@ rope_attention = Op(
     saved=("lse",),
     keep_output=True,
     written=("qkv",),
-    cpu=[Backend("native", _native_forward, _native_backward, _why_not_native, allocates=True)],
+    cpu=[Backend("native", _native_forward, _native_backward, why_not_native, allocates=True)],
     cuda=[
-        Backend("triton", triton_forward, triton_backward, _why_not_triton),
-        library("flash_attn", _prepared, _why_not_flash),
-        library("xformers", _prepared, _why_not_xformers),
-        library("sdpa", _prepared, _why_not_sdpa),
+        Backend("triton", triton_forward, triton_backward, why_not_triton),
+        library("flash_attn", prepared, _why_not_flash),
+        library("xformers", prepared, _why_not_xformers),
+        library("sdpa", prepared, why_not_grid),
     ],
     prefer=lambda a: attention_order(a.qkv.shape[1]),
+    tangent=TANGENT,
     samples=[
         _sample("encoder: cls, image, latents", (2, 1 + 36 + 9, 3, 64), 36, 1),
         _sample("last encoder block: latents only", (1, 1 + 20 + 11, 2, 64), 20, 1, first=21),
@@ -404,6 +356,6 @@ rope_attention = Op(
         _sample("MAETok-B encoder 256 px, half dropped", (4, 257, 12, 64), 128, 1, grid=256, real=True),
         _sample("LightningDiT-XL 256 tokens", (4, 256, 16, 72), 256, 0, shared=True, norm="rms", real=True),
     ],
-    flops=lambda a: 4 * a.qkv.shape[0] * a.qkv.shape[3] * a.qkv.shape[4] * _count(a) * a.qkv.shape[1],
+    flops=lambda a: 4 * a.qkv.shape[0] * a.qkv.shape[3] * a.qkv.shape[4] * query_count(a) * a.qkv.shape[1],
     traffic=_traffic,
 )

@@ -354,7 +354,8 @@ def test_torch_func_gives_the_gradients_of_autograd(op: Op) -> None:
 @pytest.mark.parametrize("op", [o for o in OPS if not o.differentiable], ids=lambda o: o.name)
 def test_an_op_without_derivative_is_a_constant_of_every_transform(op: Op) -> None:
     args = make(op, small(op)[0], torch.float32)
-    plain = outputs_of(op(**args))[0].float()
+    with backend("reference"):  # what a transform meets
+        plain = outputs_of(op(**args))[0].float()
     floats = [k for k, v in tensors(args).items() if v.is_floating_point()]
     if not floats:
         x = torch.randn(3)

@@ -48,8 +48,8 @@ def in_dtype(a: Any, dtype: torch.dtype) -> Any:
 
 
 def value_and_lse(a: Any) -> dict[str, Tensor]:
-    q, k = module._prepared(a)
-    q = q[:, a.first_query : a.first_query + module._count(a)]
+    q, k = module.prepared(a)
+    q = q[:, a.first_query : a.first_query + module.query_count(a)]
     scores = q.transpose(1, 2) @ k.permute(0, 2, 3, 1) * q.shape[-1] ** -0.5
     return {"y": rope_attention.ref(*a), "lse": scores.logsumexp(-1).to(torch.promote_types(q.dtype, torch.float32))}
 

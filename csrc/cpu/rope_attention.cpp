@@ -23,6 +23,14 @@
 //     4 x 1024 x 16 x 72              211, 173     216, 122
 //
 // 46 to 66 % of that peak; held to AVX2 (peak 180) 93 to 114, where torch with MKL's AVX2 kernels has 79 to 113.
+//
+// Tangents, of forward-mode AD: with dQ, dK, dV of Q, K, V, and W = P o dS,
+//
+//     dS = dQ K^T + Q dK^T = [Q dQ] [dK K]^T        dO = (W V + P dV - rowsum(W) O / rowsum(P)) / rowsum(P) = [W P] [V dV] - ...
+//
+// so that each is one product more of twice the depth over panels that hold both, [dK K] of which K is the second half, [W P]
+// of which P is, and the exponentials of the scores serve both: six products where plain attention with its tangent writes
+// five matrices of scores.
 
 #include "cpu/rope_attention.h"
 
@@ -34,14 +42,14 @@ namespace mf {
 namespace MF_VARIANT {
 namespace {
 
-// A thread's scratch, in floats. Lines of rows still to be transposed are whole vectors.
+// A thread's scratch, in floats. Lines of rows still to be transposed are whole vectors. `parts`: 2 where tangents lie beside.
 struct AttentionLayout {
-  int64_t line, keys, values, queries, scores, sums, rows, floats;
-  explicit AttentionLayout(const RopeInputs& a) : line((a.hd + W - 1) / W * W) {
+  int64_t line, parts, keys, values, queries, scores, sums, rows, floats;
+  explicit AttentionLayout(const RopeAttentionArgs& a) : line((a.hd + W - 1) / W * W), parts(a.dqkv == nullptr ? 1 : 2) {
     const int64_t end = W;  // a transposition's last vectors
-    keys = 0, values = keys + a.N * a.hd + end, queries = values + a.N * a.hd + end;
-    scores = queries + line * NR, sums = scores + a.N * NR, rows = sums + line * NR;
-    floats = (rows + W * line + 15) / 16 * 16;
+    keys = 0, values = keys + parts * a.N * a.hd + end, queries = values + parts * a.N * a.hd + end;
+    scores = queries + (a.hd + line) * NR, sums = scores + parts * a.N * NR, rows = sums + parts * line * NR;
+    floats = (rows + parts * W * line + 15) / 16 * 16;
   }
 };
 
@@ -95,68 +103,105 @@ template <bool LONG> MF_INLINE Softmax softmax(float* scores, int64_t keys) {
   return {doubt == doubt ? total + rest : doubt, most};
 }
 
-// Queries begin .. end - 1 of head h of image b.
-template <int NORM, class T> void one_head(const RopeAttentionArgs& a, const AttentionLayout& z, int64_t b, int64_t h, int64_t begin, int64_t end, float* scratch) {
+// Scores of `keys` keys become their weights, in `weights`; slopes, in units of log 2, the weights' tangents: the sums of these.
+MF_INLINE vf weigh(float* slopes, const float* weights, int64_t keys) {
+  vf total = {};
+  for (int64_t n = 0; n < keys; ++n) {
+    const vf w = load(slopes + n * NR, Full{}) * splat(0.69314718f) * load(weights + n * NR, Full{});
+    store(slopes + n * NR, w, Full{});
+    total += w;
+  }
+  return total;
+}
+
+// Queries begin .. end - 1 of head h of image b. PARTS 2: and their tangents.
+template <int NORM, int PARTS, class T> void one_head(const RopeAttentionArgs& a, const AttentionLayout& z, int64_t b, int64_t h, int64_t begin, int64_t end, float* scratch) {
   const Panels of_keys(a.N), of_channels(a.hd);
   float *const keys = scratch + z.keys, *const values = scratch + z.values, *const queries = scratch + z.queries;
-  float *const scores = scratch + z.scores, *const sums = scratch + z.sums, *const lines = scratch + z.rows;
+  float *const sums = scratch + z.sums, *const lines = scratch + z.rows;
+  float *const slopes = scratch + z.scores, *const scores = slopes + (PARTS - 1) * a.N * NR;
+  RopeAttentionArgs tangents = a;
+  tangents.qkv = a.dqkv;
   // rounded as if written: the backward computes with what rope_rotate.cpp writes
-  const auto prepare = [&](int which, int64_t n, float* line, vf factor) {
-    prepared_row<NORM, T>(a, which, b, n, h, [&](int64_t i, vf v, auto) { store(line + i, rounded(v, T{}) * factor, Full{}); });
+  const auto prepare = [&](const RopeInputs& of, int which, int64_t n, float* line, vf factor) {
+    prepared_row<NORM, T>(of, which, b, n, h, [&](int64_t i, vf v, auto) { store(line + i, rounded(v, T{}) * factor, Full{}); });
   };
   for (int64_t p = 0; p < of_keys.count; ++p) {
     const int64_t first = of_keys.first(p), count = of_keys.size(p);
-    pack_transposed(lines, z.line, a.hd, count, keys + first * a.hd, [&](int64_t r, float* line) { prepare(1, first + r, line, splat(1.0f)); });
+    float* const to = keys + PARTS * first * a.hd;
+    if (PARTS == 2) pack_transposed(lines, z.line, a.hd, count, to, [&](int64_t r, float* line) { prepare(tangents, 1, first + r, line, splat(1.0f)); });
+    pack_transposed(lines, z.line, a.hd, count, to + (PARTS - 1) * count * a.hd, [&](int64_t r, float* line) { prepare(a, 1, first + r, line, splat(1.0f)); });
   }
-  const T* const qkv_end = (const T*)a.qkv + a.B * a.N * 3 * a.H * a.hd;
-  const T* v = (const T*)a.qkv + ((b * a.N * 3 + 2) * a.H + h) * a.hd;
-  for (int64_t p = 0; p < of_channels.count; ++p) {
-    const int64_t first = of_channels.first(p), count = of_channels.size(p);
-    float* to = values + first * a.N;
-    for (int64_t n = 0; n < a.N; ++n) {
-      const T* x = v + n * 3 * a.H * a.hd + first;
-      if (qkv_end - x >= count + W && n + 1 < a.N)  // whole vectors, whose surplus the next key's overwrite
-        for (int64_t i = 0; i < count; i += W) store(to + n * count + i, load(x + i, Full{}), Full{});
-      else each(count, [&](int64_t i, auto k) { store(to + n * count + i, load(x + i, k), k); });
+  for (int part = 0; part < PARTS; ++part) {
+    const T* const all = (const T*)(part == 0 ? a.qkv : a.dqkv);
+    const T* const qkv_end = all + a.B * a.N * 3 * a.H * a.hd;
+    const T* v = all + ((b * a.N * 3 + 2) * a.H + h) * a.hd;
+    for (int64_t p = 0; p < of_channels.count; ++p) {
+      const int64_t first = of_channels.first(p), count = of_channels.size(p);
+      float* to = values + (PARTS * first + part * count) * a.N;
+      for (int64_t n = 0; n < a.N; ++n) {
+        const T* x = v + n * 3 * a.H * a.hd + first;
+        if (qkv_end - x >= count + W && n + 1 < a.N)  // whole vectors, whose surplus the next key's overwrite
+          for (int64_t i = 0; i < count; i += W) store(to + n * count + i, load(x + i, Full{}), Full{});
+        else each(count, [&](int64_t i, auto k) { store(to + n * count + i, load(x + i, k), k); });
+      }
     }
   }
   const vf factor = splat(a.scale * 1.44269504f);
   for (int64_t m = begin; m < end; m += NR) {
     const int64_t here = end - m < NR ? end - m : NR;
-    pack_transposed(lines, z.line, a.hd, NR, queries, [&](int64_t r, float* line) {
-      if (r < here) prepare(0, a.first + m + r, line, factor);
-      else memset(line, 0, z.line * sizeof(float));
-    });
-    for (int64_t p = 0; p < of_keys.count; ++p)
-      multiply_of<Fma>(of_keys.size(p))(keys + of_keys.first(p) * a.hd, queries, a.hd, scores + of_keys.first(p) * NR, false, Soon{});
-    float total[NR], most[NR];
+    for (int part = 0; part < PARTS; ++part)
+      pack_transposed(lines, z.line, a.hd, NR, queries + part * a.hd * NR, [&](int64_t r, float* line) {
+        if (r < here) prepare(part == 0 ? a : tangents, 0, a.first + m + r, line, factor);
+        else memset(line, 0, z.line * sizeof(float));
+      });
+    for (int64_t p = 0; p < of_keys.count; ++p) {
+      const int64_t first = of_keys.first(p), count = of_keys.size(p);
+      const float* const panel = keys + PARTS * first * a.hd;
+      const Multiply multiply = multiply_of<Fma>(count);
+      if (PARTS == 2) multiply(panel, queries, 2 * a.hd, slopes + first * NR, false, Soon{});
+      multiply(panel + (PARTS - 1) * count * a.hd, queries, a.hd, scores + first * NR, false, Soon{});
+    }
+    float total[NR], most[NR], slope[NR];
     for (int64_t half = 0; half < NR; half += W) {
       const Softmax found = softmax<sizeof(T) == 4>(scores + half, a.N);
       store(total + half, found.total, Full{}), store(most + half, found.most, Full{});
+      if (PARTS == 2) store(slope + half, weigh(slopes + half, scores + half, a.N), Full{});
     }
-    for (int64_t p = 0; p < of_channels.count; ++p)
-      multiply_of<Fma>(of_channels.size(p))(values + of_channels.first(p) * a.N, scores, a.N, sums + of_channels.first(p) * NR, false, Soon{});
+    for (int64_t p = 0; p < of_channels.count; ++p) {
+      const int64_t first = of_channels.first(p), count = of_channels.size(p);
+      const float* const panel = values + PARTS * first * a.N;
+      const Multiply multiply = multiply_of<Fma>(count);
+      multiply(panel, scores, a.N, sums + first * NR, false, Soon{});
+      if (PARTS == 2) multiply(panel, slopes, 2 * a.N, sums + (z.line + first) * NR, false, Soon{});
+    }
     for (int64_t half = 0; half < here; half += W) {
       const int64_t rows = here - half < W ? here - half : W;
-      for (int64_t d = 0; d < a.hd; d += W)  // queries back into rows
-        transpose_out((const uint32_t*)sums + d * NR + half, NR, W, W, (uint32_t*)lines + d, z.line);
+      for (int part = 0; part < PARTS; ++part)
+        for (int64_t d = 0; d < a.hd; d += W)  // queries back into rows
+          transpose_out((const uint32_t*)(sums + (part * z.line + d) * NR + half), NR, W, W, (uint32_t*)(lines + part * W * z.line + d), z.line);
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t to = ((b * a.Nq + m + half + r) * a.H + h);
         const vf inverse = splat(1.0f / total[half + r]);
-        each(a.hd, [&](int64_t i, auto k) { store((T*)a.out + to * a.hd + i, load(lines + r * z.line + i, Full{}) * inverse, k); });
+        const float *const y = lines + r * z.line, *const dy = y + W * z.line;
+        each(a.hd, [&](int64_t i, auto k) {
+          const vf v = load(y + i, Full{}) * inverse;
+          store((T*)a.out + to * a.hd + i, v, k);
+          if (PARTS == 2) store((T*)a.dout + to * a.hd + i, (load(dy + i, Full{}) - v * splat(slope[half + r])) * inverse, k);
+        });
         a.lse[to] = most[half + r] * 0.69314718f + __builtin_logf(total[half + r]);
       }
     }
   }
 }
 
-template <int NORM, class T> void all_heads(const RopeAttentionArgs& a, const AttentionLayout& z) {
+template <int NORM, int PARTS, class T> void all_heads(const RopeAttentionArgs& a, const AttentionLayout& z) {
   const Shares shares(a, NR, 4 * NR);
 #pragma omp parallel for schedule(dynamic) num_threads(a.threads)
   for (int64_t i = 0; i < shares.count; ++i) {
     const Share queries = shares.queries(i);
     if (queries.begin < queries.end)
-      one_head<NORM, T>(a, z, shares.image(i), shares.head(i), queries.begin, queries.end, (float*)a.scratch + omp_get_thread_num() * z.floats);
+      one_head<NORM, PARTS, T>(a, z, shares.image(i), shares.head(i), queries.begin, queries.end, (float*)a.scratch + omp_get_thread_num() * z.floats);
   }
 }
 
@@ -170,7 +215,8 @@ void rope_attention(const RopeAttentionArgs& a) {
   }
   with_type(a.type, [&](auto t) {
     using T = decltype(t);
-    a.norm == 0 ? all_heads<0, T>(a, layout) : a.norm == 1 ? all_heads<1, T>(a, layout) : all_heads<2, T>(a, layout);
+    if (a.dqkv != nullptr) return all_heads<0, 2, T>(a, layout);
+    a.norm == 0 ? all_heads<0, 1, T>(a, layout) : a.norm == 1 ? all_heads<1, 1, T>(a, layout) : all_heads<2, 1, T>(a, layout);
   });
 }
 
@@ -189,19 +235,8 @@ namespace {
 bool on_tiles(DType type) { return type == DType::bf16 && variant() == Variant::amx; }
 bool attention_tiles() { return on_tiles(DType::bf16); }
 
-void run(const RopeAttentionArgs& a) {
-  if (on_tiles(a.type)) {
-    MF_CALL(attention, a);
-  } else {
-    MF_CALL(rope_attention, a);
-  }
-}
-
-void attention(TensorView qkv, MaybeTensor rope, MaybeTensor q_weight, MaybeTensor q_bias, MaybeTensor k_weight,
-               MaybeTensor k_bias, MaybeTensor index, TensorView out, TensorView lse, int64_t prefix, int64_t first,
-               int64_t norm, double eps) {
-  check_ndim(out, "out", 4, "(B, Nq, H, hd)");
-  RopeAttentionArgs a{rope_inputs(qkv, rope, q_weight, q_bias, k_weight, k_bias, index, out.size(1), prefix, first, norm, eps)};
+// run(a), told of its outputs and its scratch.
+template <class F> void fill(RopeAttentionArgs& a, const TensorView& out, const TensorView& lse, F run) {
   check_shape(out, "out", {a.B, a.Nq, a.H, a.hd});
   check_shape(lse, "lse", {a.B, a.Nq, a.H});
   check_dense(out, "out"), check_dtype(out, "out", a.type, " like qkv");
@@ -218,9 +253,36 @@ void attention(TensorView qkv, MaybeTensor rope, MaybeTensor q_weight, MaybeTens
   run(a);
 }
 
+void attention(TensorView qkv, MaybeTensor rope, MaybeTensor q_weight, MaybeTensor q_bias, MaybeTensor k_weight,
+               MaybeTensor k_bias, MaybeTensor index, TensorView out, TensorView lse, int64_t prefix, int64_t first,
+               int64_t norm, double eps) {
+  check_ndim(out, "out", 4, "(B, Nq, H, hd)");
+  RopeAttentionArgs a{rope_inputs(qkv, rope, q_weight, q_bias, k_weight, k_bias, index, out.size(1), prefix, first, norm, eps)};
+  fill(a, out, lse, [](const RopeAttentionArgs& args) {
+    if (on_tiles(args.type)) {
+      MF_CALL(attention, args);
+    } else {
+      MF_CALL(rope_attention, args);
+    }
+  });
+}
+
+void attention_jvp(TensorView qkv, TensorView dqkv, MaybeTensor rope, TensorView out, TensorView dout, TensorView lse,
+                   int64_t prefix, int64_t first) {
+  check_ndim(out, "out", 4, "(B, Nq, H, hd)");
+  RopeAttentionArgs a{rope_inputs(qkv, rope, {}, {}, {}, {}, {}, out.size(1), prefix, first, 0, 0.0)};
+  check_shape(dqkv, "dqkv", {a.B, a.N, 3, a.H, a.hd});
+  check_dense(dqkv, "dqkv"), check_dtype(dqkv, "dqkv", a.type, " like qkv");
+  check_shape(dout, "dout", {a.B, a.Nq, a.H, a.hd});
+  check_dense(dout, "dout"), check_dtype(dout, "dout", a.type, " like qkv");
+  a.dqkv = data(dqkv), a.dout = data(dout);
+  fill(a, out, lse, [](const RopeAttentionArgs& args) { MF_CALL(rope_attention, args); });
+}
+
 }  // namespace
 }  // namespace mf
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(rope_attention, mf::attention);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(rope_attention_jvp, mf::attention_jvp);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention_tiles, mf::attention_tiles);
 #endif

@@ -7,7 +7,8 @@
 namespace mf {
 
 struct RopeAttentionArgs : RopeInputs {
-  void* out;   // (B, Nq, H, hd), qkv's type
+  const void* dqkv;  // tangents of qkv, or null; then no norm
+  void *out, *dout;  // (B, Nq, H, hd), qkv's type
   float* lse;  // (B, Nq, H), natural logarithm
   float scale;
   int threads;
