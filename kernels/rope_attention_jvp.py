@@ -127,7 +127,8 @@ class _WithTangent(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         (dy,) = ctx.saved_tensors
-        return dy, dy.new_zeros(()).expand_as(dy), None  # torch takes None for none but an output without derivative
+        # a copy: the output dy gets a tangent itself, zeros, as torch takes None for outputs without derivative only
+        return dy.clone(), dy.new_zeros(()).expand_as(dy), None
 
     @staticmethod
     @once_differentiable

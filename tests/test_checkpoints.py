@@ -327,7 +327,7 @@ OTHER: dict[Any, tuple[Any, dict[str, Any]]] = {
         },
     ),
     SiT: (
-        SiTConfig(tokens=(4, 4), channels=4, dim=384, depth=1, heads=6, num_classes=10),
+        SiTConfig(tokens=(4, 4), channels=4, dim=384, depth=3, heads=6, num_classes=10),
         {
             "tokens": [(2, 8), (16, 1), (8, 8), (6, 4), 16],
             "channels": [5],
@@ -341,6 +341,8 @@ OTHER: dict[Any, tuple[Any, dict[str, Any]]] = {
             "qk_norm": [True],
             "learn_sigma": [True],
             "time": ["sit"],
+            "conditions": [("r",), ("beta",), ("r", "beta")],
+            "exit_depth": [1, 2],
         },
     ),
 }

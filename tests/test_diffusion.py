@@ -237,7 +237,7 @@ class Planned:
     def __init__(self):
         self.plans = []
 
-    def plan(self, ts, y):
+    def plan(self, ts, y, **conditions):
         self.plans.append((len(ts), len(y)))
         return ts, y
 
@@ -411,11 +411,11 @@ def test_what_a_model_returns_is_checked(returned, error, match, planned, method
     if method == "dopri5":
         pytest.importorskip("torchdiffeq")
 
-    def returns(x, t, y):
+    def returns(x, t, y, r=None):
         return returned(x)
 
     class returns_planned(Planned):
-        def __call__(self, x, t, y):
+        def __call__(self, x, t, y, r=None):
             return returned(x)
 
     with pytest.raises(error, match=match if not planned else match.replace("returns", "returns_planned")):

@@ -5,6 +5,9 @@
     guidance w, vanilla   v = v_null + w (v_cond - v_null): ONE forward of 2B rows [y | null label]
     guidance w, negative  v = v_neg + w (v_cond - v_neg): B rows of the model and B of a worse one, same labels
                           (autoguidance, Karras et al. 2024)
+    internal w            v = v_exit + w (v - v_exit), the early exit's velocity in the same forward, whose rows stay
+                          what they are; before the others where it is combined with them (internal guidance, Zhou et
+                          al. 2025, arXiv 2512.24176)
     temperature beta      guidance-free training: the model takes beta and one forward of B rows is the answer
     interval [low, high]  times outside it run the conditional branch alone: B rows, nothing computed and dropped
 
@@ -14,7 +17,7 @@ Models that can plan their steps (`protocols.Planned`) are planned for all steps
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -25,7 +28,8 @@ from maetok_fast.diffusion.protocols import Planned, Velocity
 
 @dataclass(frozen=True)
 class Guidance:
-    """How the velocity is guided; see the module's table. `channels`: guide only the first so many channels."""
+    """How the velocity is guided; see the module's table. `channels`: guide only the first so many channels.
+    `internal_interval`: of `internal`, whose scale that is."""
 
     scale: float = 1.0
     interval: tuple[float, float] = (0.0, 1.0)
@@ -33,14 +37,19 @@ class Guidance:
     channels: int | None = None
     temperature: float | None = None
     null_label: int = 1000
+    internal: float = 1.0
+    internal_interval: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
         arguments.number("guidance", self.scale)
-        if not isinstance(self.interval, (tuple, list)) or len(self.interval) != 2:
-            raise TypeError(f"interval must be a pair (low, high) of times, got {self.interval!r}")
-        low, high = (arguments.number("interval", time) for time in self.interval)
-        if not low <= high:
-            raise ValueError(f"the guidance interval must be (low, high) in t with low <= high, got {self.interval}")
+        arguments.number("internal", self.internal)
+        for name in ("interval", "internal_interval"):
+            times = getattr(self, name)
+            if not isinstance(times, (tuple, list)) or len(times) != 2:
+                raise TypeError(f"{name} must be a pair (low, high) of times, got {times!r}")
+            low, high = (arguments.number(name, time) for time in times)
+            if not low <= high:
+                raise ValueError(f"the guidance {name} must be (low, high) in t with low <= high, got {times}")
         if self.temperature is not None:
             arguments.number("temperature", self.temperature)
         if self.temperature is not None and self.scale != 1.0:
@@ -58,6 +67,10 @@ class Guidance:
         """Does time t need the second branch?"""
         return self.scale != 1.0 and self.interval[0] <= t <= self.interval[1]
 
+    def leaves(self, t: float) -> bool:
+        """Does time t need the early exit?"""
+        return self.internal != 1.0 and self.internal_interval[0] <= t <= self.internal_interval[1]
+
     def combine(self, conditional: Tensor, other: Tensor, channel_dim: int) -> Tensor:
         """other + scale (conditional - other); channels past `channels` stay conditional."""
         guided = other + self.scale * (conditional - other)
@@ -70,26 +83,38 @@ class Guidance:
 class GuidedVelocity:
     """v(x, i) = the guided velocity at time ts[i]; counts `nfe` (evaluations) and `rows` (network rows forwarded).
 
-    x: (B, L, C) token latents or (B, C, H, W) grids in `dtype`; y: (B,) int64 labels. Results come back in x's dtype.
+    x: (B, L, C) token latents or (B, C, H, W) grids in `dtype`; y: (B,) int64 labels; rs (S,): the other ends of the
+    steps, for models of average velocities. Results come back in x's dtype.
     """
 
-    def __init__(self, model: Velocity, ts: Tensor, y: Tensor, guidance: Guidance, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        model: Velocity,
+        ts: Tensor,
+        y: Tensor,
+        guidance: Guidance,
+        dtype: torch.dtype,
+        rs: Tensor | None = None,
+    ) -> None:
         self.guidance, self.dtype = guidance, dtype
         self.ts = [float(t) for t in ts]
         self.nfe = 0
         self.rows = 0
-        extra = {} if guidance.temperature is None else {"beta": guidance.temperature}
+        extra = {} if rs is None else {"r": rs}
+        if guidance.temperature is not None:
+            extra["beta"] = torch.full((max(1, len(ts)),), guidance.temperature, dtype=ts.dtype)
         active = [i for i, t in enumerate(self.ts) if guidance.active(t)]
         plain = [i for i in range(len(self.ts)) if i not in set(active)]
         null = torch.full_like(y, guidance.null_label)
         self._both: _Branch | None = None
         self._negative: _Branch | None = None
         if guidance.negative is None:
-            self._both = _Branch(model, y=torch.cat([y, null]), ts=ts, steps=active)
-            self._plain = _Branch(model, y=y, ts=ts, steps=plain, extra=extra)
+            self._both = _Branch(model, y=torch.cat([y, null]), ts=ts, steps=active, extra=extra, guidance=guidance)
+            self._plain = _Branch(model, y=y, ts=ts, steps=plain, extra=extra, guidance=guidance)
         else:
-            self._negative = _Branch(guidance.negative, y=y, ts=ts, steps=active)
-            self._plain = _Branch(model, y=y, ts=ts, steps=list(range(len(self.ts))), extra=extra)
+            every = list(range(len(self.ts)))
+            self._negative = _Branch(guidance.negative, y=y, ts=ts, steps=active, extra=extra)
+            self._plain = _Branch(model, y=y, ts=ts, steps=every, extra=extra, guidance=guidance)
 
     def __call__(self, x: Tensor, i: int) -> Tensor:
         return self.at(x, self.ts[i], i)
@@ -112,25 +137,44 @@ class GuidedVelocity:
 
 
 class _Branch:
-    """One model with one set of labels; planned, if the model can, for the given steps of ts."""
+    """One model with one set of labels; planned, if the model can, for the given steps of ts. extra: what the model
+    takes beside t and y, (S,) each. guidance: whose internal one is applied here, to v in fp32 or wider."""
 
     def __init__(
-        self, model: Velocity, *, y: Tensor, ts: Tensor, steps: list[int], extra: dict[str, float] | None = None
+        self,
+        model: Velocity,
+        *,
+        y: Tensor,
+        ts: Tensor,
+        steps: list[int],
+        extra: dict[str, Tensor],
+        guidance: Guidance | None = None,
     ) -> None:
-        self.model: Any = model  # called with `extra`, which no type can say
-        self.y, self.extra = y, extra or {}
-        # With a temperature the modulations depend on beta too, which a plan does not carry.
+        self.model = cast(Any, model)  # called with `extra`, which no type can say
+        self.y, self.extra, self.guidance = y, extra, guidance
         self.plan: Any = None
         self.place: dict[int, int] = {}  # of a step in the plan
-        if steps and not self.extra and isinstance(model, Planned):
-            self.plan = model.plan(ts[steps], y)
+        if steps and isinstance(model, Planned):
+            self.plan = self.model.plan(ts[steps], y, **{name: values[steps] for name, values in extra.items()})
             self.place = {step: k for k, step in enumerate(steps)}
 
     def __call__(self, x: Tensor, t: float, i: int | None) -> Tensor:
+        exits = {"exits": True} if self.guidance is not None and self.guidance.leaves(t) else {}
         if i is not None and i in self.place:
-            v = self.model.step(self.plan, self.place[i], x)
+            v = self.model.step(self.plan, self.place[i], x, **exits)
         else:
             times = torch.full((len(x),), t, device=x.device, dtype=torch.float32)
-            extra = {name: torch.full_like(times, value) for name, value in self.extra.items()}
-            v = self.model(x, times, self.y, **extra)
-        return arguments.velocity(v, x, self.model)
+            # at times that were not known ahead no step has an end, and a temperature is the same at all
+            extra = {n: torch.full_like(times, float(values[i or 0])) for n, values in self.extra.items()}
+            v = self.model(x, times, self.y, **extra, **exits)
+        if not exits:
+            return arguments.velocity(v, x, self.model)
+        if not isinstance(v, tuple) or len(v) != 2:
+            raise TypeError(
+                f"{type(self.model).__name__} must return (v, early exit's v) for exits=True, got {type(v)}"
+            )
+        v, early = (arguments.velocity(part, x, self.model) for part in v)
+        wide = torch.promote_types(v.dtype, torch.float32)
+        v, early = v.to(wide), early.to(wide)
+        assert self.guidance is not None
+        return early + self.guidance.internal * (v - early)

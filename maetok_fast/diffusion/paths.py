@@ -112,6 +112,21 @@ def shift_times(t: Tensor, shift: float) -> Tensor:
     return shift * t / (1 + (shift - 1) * t)
 
 
+def dimension_shift(dimensions: int, base: int = 4096) -> float:
+    """The shift sqrt(dimensions / base) of latents with so many numbers each: more of them hide more of the data at the
+    same t (Esser et al. 2024, arXiv 2403.03206; base 4096 as in RAE, arXiv 2510.11690)."""
+    if dimensions < 1 or base < 1:
+        raise ValueError(f"dimension_shift: dimensions and base must be at least 1, got {dimensions} and {base}")
+    return math.sqrt(dimensions / base)
+
+
+def from_data_at_one(interval: tuple[float, float], shift: float = 1.0) -> tuple[tuple[float, float], float]:
+    """(interval, shift) of the convention of LightningDiT, VTP and SFD, where data is at t = 1, in ours. Their
+    `cfg_interval_start` s is the interval (s, 1), their `timestep_shift` the shift."""
+    low, high = interval
+    return (1 - high, 1 - low), 1 / positive("shift", shift)
+
+
 def flip_time(model: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A velocity model of the other convention (t = 0 noise, t = 1 data: official SiT, LightningDiT) in ours, and back.
 

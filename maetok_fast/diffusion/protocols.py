@@ -17,14 +17,16 @@ __all__ = ["Planned", "Velocity"]
 
 class Velocity(Protocol):
     """A velocity model: x (B, L, C) or (B, C, H, W), times t (B,) fp32 in [0, 1], labels y (B,) int64 -> dx_t/dt of x's
-    shape. Models trained guidance-free take a fourth argument `beta` (B,) fp32 as well."""
+    shape. Some take more, (B,) fp32 each: `beta`, of models trained guidance-free; `r`, of few-step ones, which then
+    give the average velocity from r to t. With `exits=True` a model with an early exit gives (v, its velocity)."""
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor, /) -> Tensor: ...
 
 
 @runtime_checkable
 class Planned(Protocol):
-    """A velocity model that can prepare its steps: `step(plan(ts, y), i, x)` equals `self(x, ts[i], y)` to rounding."""
+    """A velocity model that can prepare its steps: `step(plan(ts, y), i, x)` equals `self(x, ts[i], y)` to rounding.
+    One that takes beta or r takes them in `plan`, (S,) each, and one with an early exit `exits` in `step`."""
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor, /) -> Tensor: ...
 

@@ -6,6 +6,8 @@
     heun     x += dt (v(x, t) + v(x + dt v, t + dt)) / 2; the last      2n - 1
              step is Euler's, as its second slope would be at t = 0
     dopri5   adaptive Dormand-Prince (torchdiffeq)                      as needed, reported
+    meanflow x += dt u(x, t, r = t + dt), the average velocity that a   n, 1 to 4
+             few-step model predicts (MeanFlow, arXiv 2505.13447)
     sde      Euler-Maruyama, n points from 1 to 0.04, drift             n
              v - t score, diffusion 2t; a last step takes the mean to 0
 
@@ -60,6 +62,8 @@ def sample(
     negative: Velocity | None = None,
     guidance_channels: int | None = None,
     temperature: float | None = None,
+    internal: float = 1.0,
+    internal_interval: tuple[float, float] = (0.0, 1.0),
     path: str | Path = "linear",
     shift: float = 1.0,
     null_label: int | None = None,
@@ -75,7 +79,7 @@ def sample(
         that plan their steps, and `flip_time` for models of the other convention. In eval mode, as `negative`.
     y: None samples unconditionally (the null label everywhere).
     null_label: None is the model's own, `model.config.num_classes`, or 1000 for callables without a config.
-    guidance, interval, negative, guidance_channels, temperature: guidance.py's table.
+    guidance, interval, negative, guidance_channels, temperature, internal, internal_interval: guidance.py's table.
     path: the path the model was trained on (the SDE's score needs it); shift: `shift_times`.
     generator: randomness of the SDE, on noise's device; or a callable x -> N(0, 1) of x's shape, dtype and device, for
     noise of one's own (a stream for each sample). state_dtype: of the sums, fp64 or narrower; dopri5 takes fp64
@@ -95,15 +99,28 @@ def sample(
     arguments.model("model", model)
     if negative is not None:
         arguments.model("negative", negative)
-    if temperature is not None and not _takes_beta(model):
+    if temperature is not None and not _takes(model, "beta"):
         raise ValueError(
             f"temperature={temperature} is for models trained guidance-free, called as model(x, t, y, beta); "
             f"{type(model).__name__} takes no beta: use guidance instead"
         )
+    if arguments.number("internal", internal) != 1.0 and not _exits(model):
+        raise ValueError(
+            f"internal={internal} guides by an early exit of the model, and this {type(model).__name__} has none "
+            "(exit_depth is None in its config): use guidance instead"
+        )
+    for name, network in (("model", model), ("negative", negative)):
+        if method == "meanflow" and network is not None and not _takes(network, "r"):
+            raise ValueError(
+                f"method='meanflow' is for models of average velocities, called as {name}(x, t, y, r=r); "
+                f"{type(network).__name__} takes no r: use method='euler' or 'heun'"
+            )
     two_labels = guidance != 1.0 and negative is None
     if null_label is None:
         null_label = _null_label(model, "guidance" if two_labels else "y=None" if y is None else None)
-    settings = Guidance(guidance, interval, negative, guidance_channels, temperature, null_label)
+    settings = Guidance(
+        guidance, interval, negative, guidance_channels, temperature, null_label, internal, internal_interval
+    )
     if y is None or two_labels:
         _check_null_label(null_label, model)
     if y is None:
@@ -119,7 +136,8 @@ def sample(
     ts = shift_times(ts, shift)
     if method == "dopri5":
         ts = ts[:0]  # it finds its own times: nothing to plan
-    velocity = GuidedVelocity(model, ts, y, settings, noise.dtype)
+    rs = torch.cat([ts[1:], ts.new_zeros(1)]) if method == "meanflow" else None
+    velocity = GuidedVelocity(model, ts, y, settings, noise.dtype, rs)
     latents = METHODS[method](
         velocity,
         noise.to(state_dtype),
@@ -140,12 +158,22 @@ def _check_null_label(null_label: int, model: Any) -> None:
         raise ValueError(f"null_label={null_label} is no class of this model: {error}") from None
 
 
-def _takes_beta(model: Any) -> bool:
+def _takes(model: Any, name: str) -> bool:
+    """Whether a model takes this condition: as its configuration says, else as its signature does."""
+    known = getattr(getattr(model, "config", None), "conditions", None)
+    if known is not None:
+        return name in known
     try:
         parameters = inspect.signature(getattr(model, "forward", model)).parameters
     except (TypeError, ValueError):  # callables without a signature
         return True
-    return "beta" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _exits(model: Any) -> bool:
+    config = getattr(model, "config", None)
+    depth: Any = getattr(config, "exit_depth", False)
+    return _takes(model, "exits") if depth is False else depth is not None
 
 
 def _null_label(model: Any, user: str | None) -> int:
@@ -246,7 +274,13 @@ class _Watched:
         )
 
 
-METHODS: dict[str, Callable[..., Tensor]] = {"euler": _euler, "heun": _heun, "dopri5": _dopri5, "sde": _sde}
+METHODS: dict[str, Callable[..., Tensor]] = {
+    "euler": _euler,
+    "heun": _heun,
+    "dopri5": _dopri5,
+    "sde": _sde,
+    "meanflow": _euler,  # over average velocities
+}
 
 
 def _track(progress: bool) -> Callable[[int], Any]:

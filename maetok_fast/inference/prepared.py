@@ -191,27 +191,35 @@ def _refuse_gradients(name: str, x: Any) -> None:
 class PreparedGenerator(_Prepared[DiffusionTransformer]):
     """A SiT or LightningDiT made fast. Called like the model; samplers use `plan` and `step`."""
 
-    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Velocity of latents x (B, L, C) or (B, C, H, W) at times t (B,) in [0, 1] for labels y (B,), in x's dtype."""
+    def __call__(
+        self, x: Tensor, t: Tensor, y: Tensor, r: Tensor | None = None, beta: Tensor | None = None, exits: bool = False
+    ) -> Any:
+        """Velocity of latents x (B, L, C) or (B, C, H, W) at times t (B,) in [0, 1] for labels y (B,), in x's dtype; r,
+        beta, exits: as the model's."""
         inputs = self._input("x", x)
-        _refuse_gradients("t", t)
+        for name, value in (("t", t), ("r", r), ("beta", beta)):
+            _refuse_gradients(name, value)
         with self._computing(x.device):
-            return self.model(inputs, t, y).to(x.dtype)
+            return _in_dtype(self.model(inputs, t, y, r, beta, exits), x.dtype)
 
-    def plan(self, ts: Tensor, y: Tensor) -> Plan:
-        """Prepare steps at times ts (S,) for the labels y (B,) of one forward, null labels included.
+    def plan(self, ts: Tensor, y: Tensor, **conditions: Tensor) -> Plan:
+        """Prepare steps at times ts (S,) for the labels y (B,) of one forward, null labels included. conditions: r and
+        beta (S,) of models that have them.
 
         Memory: the modulations of at most `PLAN_ROWS` (step, unique label) pairs, or of one step if it has more.
         """
-        if ts.ndim != 1 or not ts.is_floating_point():
-            raise ValueError(f"ts must be floating-point times of shape (S,), got {ts.dtype} {tuple(ts.shape)}")
+        for name, value in {"ts": ts, **conditions}.items():
+            if value.shape != ts.shape or ts.ndim != 1 or not value.is_floating_point():
+                raise ValueError(
+                    f"{name} must be floating-point, of shape (S,), got {value.dtype} {tuple(value.shape)}"
+                )
+            _refuse_gradients(name, value)
         if y.ndim != 1 or len(y) == 0:
             raise ValueError(f"y must be labels of shape (B,) with B >= 1, got {tuple(y.shape)}")
-        _refuse_gradients("ts", ts)
         check_label_range(y, self.config)
-        return Plan(ts.to(y.device), y)
+        return Plan(ts.to(y.device), y, {name: value.to(y.device) for name, value in conditions.items()})
 
-    def step(self, plan: Plan, i: int, x: Tensor) -> Tensor:
+    def step(self, plan: Plan, i: int, x: Tensor, exits: bool = False) -> Any:
         """Velocity of x (B, ...) at time plan.ts[i] for the plan's labels; equals `self(x, ts[i], y)` to rounding."""
         if not 0 <= i < len(plan.ts):
             raise IndexError(f"step {i} is not one of the plan's {len(plan.ts)} steps")
@@ -221,10 +229,14 @@ class PreparedGenerator(_Prepared[DiffusionTransformer]):
             if plan.modulations is None or not plan.first <= i < plan.first + plan.chunk_steps:
                 plan.modulations = None  # free the last chunk before the next is made
                 plan.first = i // plan.chunk_steps * plan.chunk_steps
-                ts = plan.ts[plan.first : plan.first + plan.chunk_steps]
-                t = ts.float().repeat_interleave(len(plan.labels))
-                plan.modulations = self.model.modulations(self.model.condition(t, plan.labels.repeat(len(ts))))
-            return self.model.forward_modulated(inputs, plan.of_step(i)).to(x.dtype)
+                t, y, conditions = plan.chunk()
+                plan.modulations = self.model.modulations(self.model.condition(t, y, **conditions))
+            return _in_dtype(self.model.forward_modulated(inputs, plan.of_step(i), exits), x.dtype)
+
+
+def _in_dtype(v: Any, dtype: torch.dtype) -> Any:
+    """A velocity, or two."""
+    return tuple(part.to(dtype) for part in v) if isinstance(v, tuple) else v.to(dtype)
 
 
 class PreparedTokenizer(_Prepared[MAETok]):

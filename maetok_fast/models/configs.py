@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 
 from maetok_fast.checks import check_integers, check_number, check_positive, check_ratio, height_width
 
-__all__ = ["LightningDiTConfig", "MAETokConfig", "SiTConfig", "ViTSize", "grid_of"]
+__all__ = ["CONDITIONS", "LightningDiTConfig", "MAETokConfig", "SiTConfig", "ViTSize", "grid_of"]
+
+CONDITIONS = ("r", "beta")  # of SiTConfig.conditions, in the order in which they are added up
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,9 @@ class SiTConfig:
     tokens: L for 1-D latents, (height, width) of the latent grid for 2-D ones. patch: 1 for 1-D latents.
     qk_norm: LayerNorm over head_dim (affine, eps 1e-5) on q and k. learn_sigma: official SiT weights have 2C output
     channels of which the last C are dropped. time: "maetok" (t = 0 data) or "sit" (t = 1 data; flipped in forward).
+    conditions: scalars beside t and y that the network is told: "r", the other end of a step whose average velocity it
+    predicts (MeanFlow), "beta", guidance-free training's temperature. exit_depth: after so many blocks a second final
+    layer predicts the velocity too (internal guidance); None: there is none.
     """
 
     tokens: int | tuple[int, int] = 128
@@ -141,6 +146,8 @@ class SiTConfig:
     qk_norm: bool = False
     learn_sigma: bool = False
     time: str = "maetok"
+    conditions: tuple[str, ...] = ()
+    exit_depth: int | None = None
 
     def __post_init__(self) -> None:
         name, tokens = type(self).__name__, self.tokens
@@ -171,6 +178,15 @@ class SiTConfig:
             )
         if self.time not in ("maetok", "sit"):
             raise ValueError(f"{name}: time {self.time!r} is not 'maetok' (t = 0 data) or 'sit' (t = 1 data)")
+        if not isinstance(self.conditions, tuple) or not set(self.conditions) <= set(CONDITIONS):
+            raise ValueError(f"{name}: conditions must be a tuple of {', '.join(CONDITIONS)}; got {self.conditions!r}")
+        object.__setattr__(self, "conditions", tuple(c for c in CONDITIONS if c in self.conditions))
+        if self.exit_depth is not None:
+            check_integers(name, exit_depth=self.exit_depth)
+            if not 1 <= self.exit_depth < self.depth:
+                raise ValueError(
+                    f"{name}: exit_depth {self.exit_depth} must be within 1 .. depth - 1 = {self.depth - 1}"
+                )
 
 
 @dataclass(frozen=True)

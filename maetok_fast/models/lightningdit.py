@@ -31,7 +31,7 @@ from maetok_fast.layers import (
 )
 from maetok_fast.models.checkpoints.generators import LIGHTNINGDIT
 from maetok_fast.models.configs import LightningDiTConfig
-from maetok_fast.models.sit import DiffusionTransformer, FinalLayer
+from maetok_fast.models.sit import DiffusionTransformer
 from maetok_fast.positions import axial_frequencies, grid_positions
 
 __all__ = ["LightningDiT"]
@@ -95,7 +95,7 @@ class LightningDiT(DiffusionTransformer):
         config = LightningDiTConfig() if config is None else config
         super().__init__(config)
         self.blocks = nn.ModuleList([LightningDiTBlock(config) for _ in range(config.depth)])
-        self.final_layer = FinalLayer(config.dim, self.out_features, _norm(config))
+        self.final_layer, self.final_layer_xr = self.final_layers(lambda: _norm(config))
         self.feat_rope = RopeBuffers(self._frequencies(), self.grid) if config.rope else None  # type: ignore[arg-type]
         self.reset_parameters()
 

@@ -15,6 +15,11 @@
 `forward(x, t, y)` equals `forward_modulated(x, modulations(condition(t, y)))`. The modulations depend on
 (t, y) only and hold a third of the weights, so a sampler may compute those of all its steps in one go.
 
+Options of the configuration: more scalars in c, each by an embedder like t's: "r", with t - r (MeanFlow, arXiv
+2505.13447: the result is the average velocity from r to t; without r that at t), and "beta" (guidance-free training,
+arXiv 2501.15420); and a second final layer after `exit_depth` blocks, whose velocity `exits=True` returns beside the
+model's (internal guidance, arXiv 2512.24176).
+
 Time: the network itself knows no direction. Weights trained in the MAETok/REPA convention, t = 0 data and t = 1 noise,
 v = noise - data, are what this package's API means everywhere; `time="sit"` in the config marks weights of the official
 SiT and LightningDiT convention (t = 1 data, v = data - noise): forward then flips t and the sign of v for them.
@@ -22,7 +27,8 @@ SiT and LightningDiT convention (t = 1 data, v = data - noise): forward then fli
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -49,14 +55,17 @@ __all__ = ["Modulations", "SiT"]
 
 
 class Modulations(NamedTuple):
-    """All adaLN modulations of a batch: `blocks`, one (B, 6D) per block, and `final` (B, 2D)."""
+    """All adaLN modulations of a batch: `blocks`, one (B, 6D) per block, `final` (B, 2D), and the early exit's (B, 2D)
+    where the model has one."""
 
     blocks: tuple[Tensor, ...]
     final: Tensor
+    exit: Tensor | None = None
 
     def rows(self, index: slice | Tensor) -> Modulations:
         """The same for a slice (or index tensor) of the batch: one sampling step of many computed at once."""
-        return Modulations(tuple(b[index] for b in self.blocks), self.final[index])
+        out = None if self.exit is None else self.exit[index]
+        return Modulations(tuple(b[index] for b in self.blocks), self.final[index], out)
 
 
 class SiTBlock(nn.Module):
@@ -103,12 +112,14 @@ class FinalLayer(nn.Module):
 class DiffusionTransformer(Pretrained):
     """What SiT and LightningDiT share: embedders, positions, the split into condition, modulations and blocks.
 
-    Subclasses set `blocks` and `final_layer` and call `reset_parameters`; `rope()` gives their RoPE table or None.
+    Subclasses set `blocks`, `final_layer` and `final_layer_xr` and call `reset_parameters`; `rope()` gives their RoPE
+    table or None.
     """
 
     config: SiTConfig
     blocks: nn.ModuleList
     final_layer: FinalLayer
+    final_layer_xr: FinalLayer | None  # the early exit's
 
     def __init__(self, config: SiTConfig) -> None:
         super().__init__()
@@ -124,12 +135,19 @@ class DiffusionTransformer(Pretrained):
             table = sincos_2d(dim, self.grid)
         self.t_embedder = TimestepEmbedder(dim)
         self.y_embedder = LabelEmbedder(config.num_classes, dim, config.label_dropout)
+        self.r_embedder = TimestepEmbedder(dim) if "r" in config.conditions else None
+        self.beta_embedder = TimestepEmbedder(dim) if "beta" in config.conditions else None
         # fixed, but a parameter in the public checkpoints
         self.pos_embed = nn.Parameter(table.unsqueeze(0).to(torch.get_default_dtype()), requires_grad=False)
 
     @property
     def out_features(self) -> int:
         return self.config.patch**2 * self.config.channels * (2 if self.config.learn_sigma else 1)
+
+    def final_layers(self, norm: Callable[[], nn.Module]) -> tuple[FinalLayer, FinalLayer | None]:
+        """The final layer, and the early exit's where the configuration has one."""
+        dim, early = self.config.dim, self.config.exit_depth is not None
+        return FinalLayer(dim, self.out_features, norm()), FinalLayer(dim, self.out_features, norm()) if early else None
 
     def reset_parameters(self) -> None:
         """Xavier-uniform Linears (the patch conv as one), N(0, .02) embeddings, zero adaLN and output layers."""
@@ -141,64 +159,90 @@ class DiffusionTransformer(Pretrained):
             nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
             self.x_embedder.reset_bias()
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        self.t_embedder.reset_parameters()
         for module in self.modules():
-            if isinstance(module, Modulation):
+            if isinstance(module, (Modulation, TimestepEmbedder)):
                 module.reset_parameters()
-        nn.init.zeros_(self.final_layer.linear.weight)
+            elif isinstance(module, FinalLayer):
+                nn.init.zeros_(module.linear.weight)
 
     def embed(self, x: Tensor) -> Tensor:
         """Latents -> tokens (B, N, D) with positions."""
         return self.x_embedder(x) + self.pos_embed
 
-    def condition(self, t: Tensor, y: Tensor) -> Tensor:
-        """t (B,) in [0, 1] and labels y (B,) -> c (B, D). In training mode labels are dropped at `label_dropout`."""
+    def condition(self, t: Tensor, y: Tensor, r: Tensor | None = None, beta: Tensor | None = None) -> Tensor:
+        """t (B,) in [0, 1], labels y (B,) and what the configuration's `conditions` name, (B,) each -> c (B, D). In
+        training mode labels are dropped at `label_dropout`. Without r it is t; beta has to be given."""
         check_times(t, "B")
         check_labels(y, t.shape[0], self.config)
-        if self.config.time == "sit":
-            t = 1 - t
-        return self.t_embedder(t) + self.y_embedder(y)
+        for name, value in (("r", r), ("beta", beta)):
+            known = name in self.config.conditions
+            if value is not None and not known:
+                raise ValueError(f"{name} was given, and this {type(self).__name__} has no condition {name!r}")
+            if value is not None:
+                check_tensor(name, value, (t.shape[0],))
+            elif known and name == "beta":
+                raise ValueError(f"this {type(self).__name__} was trained guidance-free: give beta (B,) (temperature)")
+        c = self.t_embedder(1 - t if self.config.time == "sit" else t) + self.y_embedder(y)
+        if self.r_embedder is not None:
+            c = c + self.r_embedder(torch.zeros_like(t) if r is None else t - r)
+        if self.beta_embedder is not None:
+            c = c + self.beta_embedder(cast(Tensor, beta))
+        return c
 
     def modulations(self, c: Tensor) -> Modulations:
-        """c (B, D) -> every block's and the final layer's modulation. Rows of c are independent, so c may stack the
+        """c (B, D) -> every block's and the final layers' modulation. Rows of c are independent, so c may stack the
         conditions of many sampling steps; `Modulations.rows` then picks one step's."""
         c = F.silu(c)
+        early = self.final_layer_xr
         return Modulations(
             tuple(cast(Modulation, block.adaLN_modulation).linear(c) for block in self.blocks),
             self.final_layer.adaLN_modulation.linear(c),
+            None if early is None else early.adaLN_modulation.linear(c),
         )
 
     def rope(self) -> Tensor | None:
         return None
 
-    def forward_modulated(self, x: Tensor, modulations: Modulations) -> Tensor:
-        """Velocity for latents x, given `modulations(condition(t, y))` of the same batch."""
-        return self._velocity(x, modulations, None)
+    def forward_modulated(self, x: Tensor, modulations: Modulations, exits: bool = False) -> Any:
+        """Velocity for latents x, given `modulations(condition(t, y))` of the same batch; exits: as `forward`'s."""
+        return self._velocity(x, modulations, None, exits)
 
-    def _velocity(self, x: Tensor, modulations: Modulations | None, activated: Tensor | None) -> Tensor:
+    def _velocity(self, x: Tensor, modulations: Modulations | None, activated: Tensor | None, exits: bool) -> Any:
         """By modulations, or by silu(c) (B, D), of which each block then makes its own."""
-        config = self.config
+        config, early = self.config, self.final_layer_xr
         shape = (
             (config.channels, *config.tokens) if isinstance(config.tokens, tuple) else (config.tokens, config.channels)
         )
         check_tensor("x", x, ("B", *shape))
         check_dtype("x", x, self.pos_embed)
+        if exits and early is None:
+            raise ValueError(f"this {type(self).__name__} has no early exit (exit_depth is None in its config)")
         tokens = self.embed(x)
         rope = self.rope()
+        left = None
         for i, block in enumerate(self.blocks):
             tokens = block(tokens, None if modulations is None else modulations.blocks[i], rope, activated)
-        v = self.final_layer(tokens, None if modulations is None else modulations.final, activated)
-        if self.grid is not None:
-            v = unpatchify(v, self.grid, config.patch)
-        if config.learn_sigma:
-            v = v.chunk(2, dim=-1 if self.grid is None else 1)[0]
-        return -v if config.time == "sit" else v
+            if exits and early is not None and i + 1 == config.exit_depth:
+                left = self._leave(early(tokens, None if modulations is None else modulations.exit, activated))
+        v = self._leave(self.final_layer(tokens, None if modulations is None else modulations.final, activated))
+        return v if left is None else (v, left)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def _leave(self, v: Tensor) -> Tensor:
+        """What a final layer gives (B, N, patch * patch * channels) as a velocity of x's shape."""
+        if self.grid is not None:
+            v = unpatchify(v, self.grid, self.config.patch)
+        if self.config.learn_sigma:
+            v = v.chunk(2, dim=-1 if self.grid is None else 1)[0]
+        return -v if self.config.time == "sit" else v
+
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor, r: Tensor | None = None, beta: Tensor | None = None, exits: bool = False
+    ) -> Any:
         """x (B, L, C) or (B, C, H, W), t (B,) in [0, 1] with 0 = data and 1 = noise, y (B,) int64 in [0, num_classes],
-        num_classes (1000) being the null class -> v = noise - data, of x's shape."""
+        num_classes (1000) being the null class -> v = noise - data, of x's shape. r, beta: as `condition`'s. exits: the
+        early exit's velocity beside it, (v, early)."""
         check_tensor("t", t, (x.shape[0] if isinstance(x, Tensor) else "B",))
-        return self._velocity(x, None, F.silu(self.condition(t, y)))
+        return self._velocity(x, None, F.silu(self.condition(t, y, r, beta)), exits)
 
 
 class SiT(DiffusionTransformer):
@@ -211,5 +255,5 @@ class SiT(DiffusionTransformer):
         config = SiTConfig() if config is None else config
         super().__init__(config)
         self.blocks = nn.ModuleList([SiTBlock(config) for _ in range(config.depth)])
-        self.final_layer = FinalLayer(config.dim, self.out_features, LayerNorm(config.dim, affine=False))
+        self.final_layer, self.final_layer_xr = self.final_layers(lambda: LayerNorm(config.dim, affine=False))
         self.reset_parameters()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from maetok_fast.models.checkpoints.layout import CheckpointError, Facts, Layout, grid_of_cosines, ratio, shown
+from maetok_fast.models.configs import CONDITIONS
 
 __all__ = ["LIGHTNINGDIT", "SIT"]
 
@@ -98,6 +99,10 @@ def _generator_fields(f: Facts) -> dict[str, Any]:
         heads = f.unshown("heads", f.number("num_heads", integer=True), _HEADS.get(dim))
     if not isinstance(heads, int) or heads < 1:
         raise CheckpointError(f"the number of heads of a {dim}-wide model is unknown; pass heads=...")
+    exit_depth = None
+    if f.has("final_layer_xr.linear.weight"):  # internal guidance's; the blocks before it do not show
+        exit_depth = f.unshown("exit_depth", f.number("encoder_depth", integer=True), min(8, depth - 1))
+    conditions = tuple(name for name in CONDITIONS if f.has(f"{name}_embedder.mlp.0.weight"))
     out = f.shape("final_layer.linear.weight", 2)[0]
     sigma = out == 2 * patch * patch * channels
     for key, value in (
@@ -122,6 +127,8 @@ def _generator_fields(f: Facts) -> dict[str, Any]:
         "label_dropout": dropout,
         "qk_norm": qk_norm,
         "learn_sigma": sigma,
+        "conditions": conditions,
+        "exit_depth": exit_depth,
     }
 
 
@@ -180,7 +187,8 @@ def _detect_lightningdit(f: Facts) -> dict[str, Any]:
 
 def _export_sit(config: Any) -> dict[str, Any]:
     tokens = config.tokens
-    return {
+    exits = {} if config.exit_depth is None else {"encoder_depth": config.exit_depth}
+    return exits | {
         "path_type": "linear",
         "input_size": list(tokens) if isinstance(shown(tokens), tuple) else shown(tokens),
         "patch_size": config.patch,
