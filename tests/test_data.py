@@ -145,7 +145,7 @@ def test_adm_crop(tmp_path, size):
     assert np.abs(pixels - np.asarray(resized_whole(image, 32))).max() <= 1
     turned = load_image(tmp_path / "a.png", 32, crop="adm", orient=True)
     assert not torch.equal(turned, load_image(tmp_path / "a.png", 32, crop="adm"))
-    with pytest.raises(ValueError, match="unknown crop 'imagenet': expected one of center, adm"):
+    with pytest.raises(ValueError, match="unknown crop 'imagenet': expected one of center, adm, none"):
         load_image(tmp_path / "a.png", 32, crop="imagenet")
 
 
@@ -267,3 +267,11 @@ def test_uint8_round_trip(tmp_path):
     image = load_image(save(tmp_path / "a.png", array), 16)
     assert (to_uint8(image[None])[0] == array).all()
     assert to_uint8(torch.full((1, 3, 2, 2), 7.0)).max() == 255
+
+
+def test_no_crop_takes_the_pixels_of_the_size_and_refuses_others(tmp_path):
+    array = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    taken = to_uint8(load_image(save(tmp_path / "a.png", array), 16, crop="none")[None])[0]
+    assert (taken == array).all()
+    with pytest.raises(ImageError, match=r"a\.png: 16 x 16, and without a crop only 8 x 8 will do"):
+        load_image(tmp_path / "a.png", 8, crop="none")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -226,6 +227,10 @@ def test_sample(weights: Path, tmp_path: Path) -> None:
         (["--classes", "1", "--path-type", "curved"], "curved"),
         (["--classes", "1", "--guidance-low", "0.9", "--guidance-high", "0.1"], "low <= high"),
         (["--classes", "1", "--precision", "fp7"], "fp7"),
+        (["--classes", "1", "--mode", "ode", "--solver", "meanflow"], "for models of average velocities"),
+        (["--classes", "1", "--internal-guidance", "2"], "this PreparedGenerator has none"),
+        (["--classes", "1", "--temperature", "0.5"], "takes no beta"),
+        (["--classes", "1", "--timestep-shift", "much"], "expected a number or auto, got 'much'"),
         (["--classes", "1", "--statistics", "nothing.pt"], "nothing.pt: no such file"),
         (["--classes", "1", "--generator", "nothing"], "nothing: no such file or directory"),
         (["--classes", "1", "--autoguidance", "nothing", "--cfg-scale", "2"], "nothing: no such file or directory"),
@@ -237,6 +242,31 @@ def test_what_sample_refuses(more: list[str], said: str, weights: Path, tmp_path
     assert said in done.output
     assert "Traceback" not in done.output
     assert not list(tmp_path.glob("a/*.png"))
+
+
+def test_few_steps_internal_guidance_and_other_conventions(weights: Path, tmp_path: Path) -> None:
+    def settings(name: str, *more: str) -> dict[str, Any]:
+        asked = command(weights, tmp_path / name, "--classes", "1,2", *more)
+        asked[2] = str(weights / "few-step")
+        done = CliRunner().invoke(app, asked)
+        assert done.exit_code == 0, done.output
+        record = json.loads((tmp_path / name / "run.json").read_text())
+        return record["asked"]["settings"] | {"nfe": record["cost"]["nfe"]}
+
+    few = settings("few", "--mode", "ode", "--solver", "meanflow", "--steps", "2")
+    assert (few["method"], few["nfe"]) == ("meanflow", 2)
+    inner = settings("inner", "--steps", "3", "--internal-guidance", "1.5", "--internal-high", "0.7")
+    assert (inner["internal"], inner["internal_interval"]) == (1.5, [0.0, 0.7])
+    pictures = [np.asarray(Image.open(tmp_path / name / "000000.png")).astype(int) for name in ("few", "inner")]
+    plain = settings("plain", "--steps", "3")
+    assert "internal" not in plain
+    pictures.append(np.asarray(Image.open(tmp_path / "plain" / "000000.png")).astype(int))
+    assert min(np.abs(a - b).max() for a, b in itertools.combinations(pictures, 2)) > 2
+    other = settings("other", "--steps", "2", "--convention", "data1", "--guidance-low", "0.125", "--cfg-scale", "2",
+                     "--timestep-shift", "0.25")  # fmt: skip
+    assert (other["interval"], other["shift"]) == ([0.0, 0.875], 4.0)
+    auto = settings("auto", "--steps", "2", "--convention", "data1", "--timestep-shift", "auto")
+    assert auto["shift"] == pytest.approx((16 * 8 / 4096) ** 0.5)
 
 
 @own_bits

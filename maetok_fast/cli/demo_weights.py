@@ -12,11 +12,11 @@ from . import _said
 
 
 def demo_weights(
-    folder: Annotated[Path, typer.Argument(help="Made if absent; gets tokenizer/ and generator/.")],
+    folder: Annotated[Path, typer.Argument(help="Made if absent; gets tokenizer/, generator/, few-step/.")],
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
-    """Write a small MAETok (64 px) and SiT (10 classes) of random weights. Their pictures are patterns, and show
-    nothing."""
+    """Write a small MAETok (64 px) and two SiT (10 classes) of random weights, one for few steps. Their pictures are
+    patterns, and show nothing."""
     import torch
 
     from maetok_fast.pipeline.demo import demo_generator, demo_tokenizer
@@ -26,8 +26,11 @@ def demo_weights(
         tokenizer, generator = demo_tokenizer(), demo_generator()
         tokenizer.save_pretrained(folder / "tokenizer")
         generator.save_pretrained(folder / "generator")
+        demo_generator(few_steps=True).save_pretrained(folder / "few-step")
+        names = [str(folder / name) for name in ("tokenizer", "generator", "few-step")]
+        ask = f"maetok-fast sample --tokenizer {names[0]} --classes 0,1,2,3,4"
         typer.echo(
-            f"{folder / 'tokenizer'}, {folder / 'generator'}: random weights. Try\n  maetok-fast sample --generator "
-            f"{folder / 'generator'} --tokenizer {folder / 'tokenizer'} --classes 0,1,2,3,4 --per-class 5 --steps 50 "
-            "--out samples"
+            f"{', '.join(names)}: random weights. Try\n"
+            f"  {ask} --generator {names[1]} --per-class 5 --steps 50 --out samples\n"
+            f"  {ask} --generator {names[2]} --mode ode --solver meanflow --steps 2 --out few"
         )

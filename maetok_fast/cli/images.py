@@ -18,11 +18,14 @@ if TYPE_CHECKING:
 class Crop(enum.Enum):
     center = "center"
     adm = "adm"
+    none = "none"
 
 
 Source = Annotated[Path, typer.Argument(help="Folder or tar of images.")]
 Tokenizer = Annotated[str, typer.Option(help="A MAETok: folder, file or hub repository.")]
-CropOption = Annotated[Crop, typer.Option(help="center: EXIF orientation, bicubic, centre; adm: as REPA and RAE.")]
+CropOption = Annotated[
+    Crop, typer.Option(help="center: EXIF orientation, bicubic, centre; adm: as REPA and RAE; none: of the size.")
+]
 Batch = Annotated[int, typer.Option(min=1)]
 Precision = Annotated[str, typer.Option(help="auto, fp32, bf16, fp16.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda; default: cuda where there is one.")]

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import enum
+import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -17,7 +18,11 @@ class Mode(enum.Enum):
 
 
 class Solver(enum.Enum):
-    euler, heun, dopri5 = "euler", "heun", "dopri5"
+    euler, heun, dopri5, meanflow = "euler", "heun", "dopri5", "meanflow"
+
+
+class Convention(enum.Enum):
+    data0, data1 = "data0", "data1"
 
 
 class Labels(enum.Enum):
@@ -34,14 +39,21 @@ def sample(
     label_sampling: Annotated[Labels, typer.Option(help="Of --num-fid-samples.")] = Labels.equal,
     steps: Annotated[int, typer.Option(min=1)] = 250,
     mode: Annotated[Mode, typer.Option(help="ode: by --solver; sde: Euler-Maruyama.")] = Mode.sde,
-    solver: Annotated[Solver, typer.Option(help="Of --mode ode.")] = Solver.euler,
+    solver: Annotated[Solver, typer.Option(help="Of --mode ode; meanflow: of few-step models.")] = Solver.euler,
     cfg_scale: Annotated[float, typer.Option(help="Guidance; 1: none.")] = 1.0,
     guidance_low: Annotated[float, typer.Option(help="Guide at times t (0 data, 1 noise) from here ...")] = 0.0,
     guidance_high: Annotated[float, typer.Option(help="... to here.")] = 1.0,
+    internal_guidance: Annotated[float, typer.Option(help="By the model's early exit; 1: none.")] = 1.0,
+    internal_low: Annotated[float, typer.Option(help="Its times, as --guidance-low and -high.")] = 0.0,
+    internal_high: Annotated[float, typer.Option()] = 1.0,
+    temperature: Annotated[Optional[float], typer.Option(help="beta of guidance-free models.")] = None,  # noqa: UP045
     guidance_channels: Annotated[int, typer.Option(min=0, help="Guide the first channels only; 0: all.")] = 0,
     autoguidance: Annotated[str, typer.Option(help="A worse generator as the negative branch.")] = "",
     path_type: Annotated[str, typer.Option(help="linear or cosine: what it was trained on.")] = "linear",
-    timestep_shift: Annotated[float, typer.Option(help="1: none.")] = 1.0,
+    timestep_shift: Annotated[str, typer.Option(help="1: none; auto: by the latents' dimensions (RAE).")] = "1",
+    convention: Annotated[
+        Convention, typer.Option(help="Of the times above; data1: data is at t = 1 (LightningDiT, VTP, SFD).")
+    ] = Convention.data0,
     statistics: Annotated[str, typer.Option(help="File of the latents' mean and std; default: beside them.")] = "",
     global_seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Pictures at a time; changes none of them.")] = 8,
@@ -60,8 +72,12 @@ def sample(
         "interval": (guidance_low, guidance_high),
         "guidance_channels": guidance_channels or None,
         "path": path_type,
-        "shift": timestep_shift,
     }
+    # as any run without them had them before they were there: run.json knows a run by its settings
+    if internal_guidance != 1.0:
+        settings |= {"internal": internal_guidance, "internal_interval": (internal_low, internal_high)}
+    if temperature is not None:
+        settings["temperature"] = temperature
     with _said.in_a_sentence(), _said.processes(device) as (where, process, count):
         pipeline = Pipeline.from_pretrained(
             tokenizer,
@@ -72,6 +88,8 @@ def sample(
             precision=precision,
         )
         assert pipeline.generator is not None
+        shift = _shift(timestep_shift, pipeline.shape)
+        settings |= _times(settings | {"shift": shift}, convention, timestep_shift != "auto")
         known = pipeline.generator.config.num_classes
         labels = _labels(classes, per_class, num_fid_samples, label_sampling, known, global_seed)
         about = {"weights": pipeline.fingerprint, "precision": pipeline.precision.name, "device": where.type}
@@ -91,6 +109,30 @@ def sample(
             typer.echo(
                 f"{made}, NFE {cost['nfe']}{speed}, {pipeline.precision.name}: {out}, {out / 'grid.png'}, {out}.npz"
             )
+
+
+def _shift(text: str, shape: tuple[int, ...]) -> float:
+    from maetok_fast.diffusion import dimension_shift
+
+    if text == "auto":
+        return dimension_shift(math.prod(shape))
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"--timestep-shift: expected a number or auto, got {text!r}") from None
+
+
+def _times(settings: dict[str, Any], convention: Convention, shifts: bool) -> dict[str, Any]:
+    """Intervals and shift in our convention; shifts: whether the shift was said in the other one."""
+    from maetok_fast.diffusion import from_data_at_one
+
+    times = {k: v for k, v in settings.items() if k in ("interval", "internal_interval", "shift")}
+    if convention is Convention.data1:
+        for name in ("interval", "internal_interval"):
+            if name in times:
+                times[name], shift = from_data_at_one(times[name], settings["shift"])
+        times["shift"] = shift if shifts else settings["shift"]
+    return times
 
 
 def _labels(classes: str, per_class: int, count: int, how: Labels, known: int, seed: int) -> list[int | None]:

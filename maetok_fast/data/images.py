@@ -10,7 +10,8 @@ no import of the packages.
 
 crop="adm" is the preprocessing of ADM, which REPA, RAE and others use: the image as stored (no EXIF orientation) is
 halved by box filters while its shorter side is at least twice the resolution, then resized and cropped as above. A
-cache of latents or an rFID is comparable only with the same crop.
+cache of latents or an rFID is comparable only with the same crop. crop="none" takes images that have the resolution
+already, their pixels as they are (EXIF orientation applied), and refuses others: what somebody else has prepared.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # the decoders that may run, whatever a file's suffix says
-CROPS = ("center", "adm")
+CROPS = ("center", "adm", "none")
 _ORIENTATION = 0x0112  # EXIF tag
 MAX_PIXELS = 178_956_970  # where PIL itself stops, unless a program has switched its limit off
 MAX_ASPECT_RATIO = 100  # beyond it the crop keeps less than 1 % of the picture
@@ -79,7 +80,7 @@ def load_image(
 ) -> Tensor:
     """One image as (3, resolution, resolution) fp32 in [-1, 1]. content: the file's bytes, where `path` only names it.
 
-    crop: "center" or "adm", see above. orient: apply the EXIF orientation; None: yes, but not for "adm".
+    crop: "center", "adm" or "none", see above. orient: apply the EXIF orientation; None: yes, but not for "adm".
     Raises ImageError naming a file that it cannot read: missing, damaged, none of FORMATS, more than MAX_PIXELS, longer
     than MAX_ASPECT_RATIO times its width (or the reverse), or of a pixel type without a stated range.
     """
@@ -135,6 +136,12 @@ def _read(path: str | Path | io.BytesIO, resolution: int, crop: str, orient: boo
         if not orient:
             opened.getexif().pop(_ORIENTATION, None)  # PIL turns a TIFF while it decodes it
         image = _rgb(ImageOps.exif_transpose(opened), opened.format)
+    if crop == "none":
+        if image.size != (resolution, resolution):
+            raise ImageError(
+                f"{image.width} x {image.height}, and without a crop only {resolution} x {resolution} will do"
+            )
+        return np.array(image)
     if crop == "adm":
         while min(image.size) >= 2 * resolution:
             image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)

@@ -5,6 +5,7 @@ a pattern of soft colours that depends on its latents, hence on its label and se
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,9 +48,11 @@ def _soft_patches(weight: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def demo_generator() -> SiT:
-    """Of the demo tokenizer's latents, ten classes; no gate and no output of it is zero, as a fresh model's are."""
-    model = SiT(SiTConfig(tokens=16, channels=8, dim=96, depth=3, heads=4, num_classes=10)).eval()
+def demo_generator(few_steps: bool = False) -> SiT:
+    """Of the demo tokenizer's latents, ten classes; no gate and no output of it is zero, as a fresh model's are.
+    few_steps: of average velocities, with an early exit."""
+    more: dict[str, Any] = {"conditions": ("r",), "exit_depth": 2} if few_steps else {}
+    model = SiT(SiTConfig(tokens=16, channels=8, dim=96, depth=3, heads=4, num_classes=10, **more)).eval()
     for p in model.parameters():
         if not p.any() and p.requires_grad:
             p.normal_(0, 0.1)
