@@ -27,6 +27,7 @@ from benchmarks import (
     cost,
     measure,
     models,
+    pipeline,
     throughput,
 )
 from benchmarks._claims import CITED, COMPUTED, MEASURED, Claim, Factor
@@ -690,3 +691,27 @@ def test_memory_of_a_model():
     weights = 4 * sum(p.numel() for p in SiT(SiTConfig(depth=1)).parameters())
     assert weights < 1.1 * row["kept"]
     assert row["kept"] <= row["peak"] < 1.5 * weights
+
+
+def test_factors_of_a_whole_picture_multiply_to_its_ratio() -> None:
+    args = pipeline.parse(["--steps", "10", "--dtype", "bf16"])
+    seconds = {"step many fp32": 9.0, "step many bf16": 4.0, "step few fp32": 1.0, "step few bf16": 0.5, "vae fp32": 6.0,
+               "vae bf16": 3.0, "decode fp32": 2.0, "decode bf16": 1.0, "ours bf16": 2.5, "ours int8": 2.0}  # fmt: skip
+    inside = guided_steps(10, (0.0, 0.7))
+    exact = pipeline.factors(seconds, args, "ours bf16")
+    assert [after for _, after, _ in exact] == [96, 43, 8, 6, 1 + 0.5 * (inside + (10 - inside) / 2), 2.5]
+    int8 = pipeline.factors(seconds, args, "ours int8")  # against fp32: there is no public int8
+    assert [after for _, after, _ in int8] == [96, 16, 12, 2 + 1.0 * (inside + (10 - inside) / 2), 2.0]
+
+
+def test_a_tiny_whole_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "p.json"
+    tiny = ["--model", "tiny", "--res", "64", "--tokens", "4", "--steps", "2", "--batch", "2", "--rounds", "1"]
+    pipeline.main([*tiny, "--dtype", "fp32", "--whole", "--out", str(file)])
+    found = json.loads(file.read_text())
+    ours = found["ratios"]["ours fp32"]
+    assert ours["against fp32"] == ours["at the same precision"] > 0
+    assert found["seconds_an_image"]["whole fp32"] > 0
+    said = capsys.readouterr().out
+    assert "guidance work" in said
+    assert "every step run" in said
