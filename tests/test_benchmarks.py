@@ -695,8 +695,9 @@ def test_memory_of_a_model():
 
 def test_factors_of_a_whole_picture_multiply_to_its_ratio() -> None:
     args = pipeline.parse(["--steps", "10", "--dtype", "bf16"])
-    seconds = {"step many fp32": 9.0, "step many bf16": 4.0, "step few fp32": 1.0, "step few bf16": 0.5,
-               "vae fp32": 6.0, "vae bf16": 3.0, "decode fp32": 2.0, "decode bf16": 1.0, "ours bf16": 2.5, "ours int8": 2.0}  # fmt: skip
+    steps = {"step many fp32": 9.0, "step many bf16": 4.0, "step few fp32": 1.0, "step few bf16": 0.5}
+    decoders = {"vae fp32": 6.0, "vae bf16": 3.0, "decode fp32": 2.0, "decode bf16": 1.0}
+    seconds = {**steps, **decoders, "ours bf16": 2.5, "ours int8": 2.0}
     inside = guided_steps(10, (0.0, 0.7))
     exact = pipeline.factors(seconds, args, "ours bf16")
     assert [after for _, after, _ in exact] == [96, 43, 8, 6, 1 + 0.5 * (inside + (10 - inside) / 2), 2.5]
