@@ -69,6 +69,7 @@ PACKAGES: dict[str, Package] = {
         Package("matplotlib", "pictures of the benchmark", "pip install matplotlib", ("matplotlib",)),
         Package("skimage", "the benchmark's photographs", "pip install scikit-image", ("scikit-image",)),
         Package("sklearn", "latent-space analysis and photographs", "pip install scikit-learn", ("scikit-learn",)),
+        Package("h5py", "REPA-E's latent caches", "pip install h5py", ("h5py",)),
         Package("torchdiffeq", "the dopri5 sampler", "pip install torchdiffeq", ("torchdiffeq",)),
         Package("torchao", "FP8 training", "pip install torchao", ("torchao",)),
         Package(

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import bench, demo_weights, doctor, images, sample
+from . import bench, convert, demo_weights, doctor, images, sample
 
 __all__ = ["app", "main"]
 
@@ -19,6 +19,7 @@ app.command("doctor")(doctor.doctor)
 app.command("sample")(sample.sample)
 for _command in (images.reconstruct, images.encode, images.decode):
     app.command(_command.__name__)(_command)
+app.command("convert")(convert.convert)
 app.command("demo-weights")(demo_weights.demo_weights)
 app.add_typer(bench.app, name="bench")
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from maetok_fast.models.checkpoints import CheckpointError
+from maetok_fast.models.checkpoints import CheckpointError, Stored
 from maetok_fast.models.configs import LightningDiTConfig, MAETokConfig, SiTConfig, ViTSize
 from maetok_fast.models.lightningdit import LightningDiT
 from maetok_fast.models.sit import SiT
@@ -103,18 +103,21 @@ def create(name: str, **changes: Any) -> MAETok | SiT | LightningDiT:
     return built
 
 
-def load_generator(source: str | Path, **options: Any) -> SiT | LightningDiT:
+def load_generator(
+    source: str | Path | Stored, *, revision: str | None = None, token: str | bool | None = None, **options: Any
+) -> SiT | LightningDiT:
     """The SiT or LightningDiT stored at `source`, whichever its keys are of; options: as `from_pretrained`'s.
 
     CheckpointError with what each class says where it is neither.
     """
+    stored = source if isinstance(source, Stored) else Stored.read(source, revision, token)
     errors = {}
     for kind in (SiT, LightningDiT):
         try:
-            return kind.from_pretrained(source, **options)
+            return kind.from_stored(stored, **options)
         except CheckpointError as error:
             errors[kind.__name__] = str(error)
-    if len(set(errors.values())) == 1:  # no such file, or none that can be read
+    if len(set(errors.values())) == 1:  # nothing of either in it
         raise CheckpointError(next(iter(errors.values())))
     said = "\n".join(f"as {name}: {text}" for name, text in errors.items())
-    raise CheckpointError(f"{source}: neither a SiT nor a LightningDiT\n{said}")
+    raise CheckpointError(f"{stored.file}: neither a SiT nor a LightningDiT\n{said}")

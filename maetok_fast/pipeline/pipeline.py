@@ -27,6 +27,7 @@ from maetok_fast.diffusion import sample
 from maetok_fast.inference import prepare
 from maetok_fast.kernels import _native
 from maetok_fast.models import MAETok, MAETokConfig, load_generator
+from maetok_fast.models.checkpoints import Stored
 from maetok_fast.models.checkpoints.locate import STATISTICS
 from maetok_fast.models.sit import DiffusionTransformer
 from maetok_fast.pipeline.noise import SampleNoise
@@ -144,9 +145,11 @@ class Pipeline:
             found = statistics
         else:
             found = LatentStatistics.load(statistics)
-        if found is None and generator is not None:
-            found = LatentStatistics.beside(generator)
-        models = [None if source is None else load_generator(source, device=device) for source in (generator, negative)]
+        stored = [None if source is None else Stored.read(source) for source in (generator, negative)]
+        if found is None and generator is not None and stored[0] is not None:
+            found = LatentStatistics.beside(generator, stored[0].content)
+        models = [None if files is None else load_generator(files, device=device) for files in stored]
+        del stored
         return cls(MAETok.from_pretrained(tokenizer, device=device), models[0], found, negative=models[1], **options)
 
     @property

@@ -7,6 +7,7 @@
     *-latents-stats.pt (REPA-E)              latents_scale, latents_bias   z = (latent - bias) * scale
     a SiT checkpoint of REPA-E               bn.running_mean, running_var  std = sqrt(var + 1e-5), a batch norm
     stat.pt (RAE)                            mean, var                     std = sqrt(var + 1e-5)
+    vae/config.json (diffusers)              latents_mean, latents_std, scaling_factor, shift_factor: `of_diffusers`
     latent_statistics.safetensors (ours)     mean, std                     any of these shapes
 
 A generator's velocity is learnt on z; decoded without undoing it a sample is noise. Hence nothing here is guessed: what
@@ -15,7 +16,7 @@ is not found is None, and `Pipeline` refuses to generate.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from maetok_fast.models import MAETokConfig
-from maetok_fast.models.checkpoints.files import read_weights
+from maetok_fast.models.checkpoints.files import read_config, read_weights
 from maetok_fast.models.checkpoints.layout import CheckpointError
 from maetok_fast.models.checkpoints.locate import STATISTICS
 
@@ -69,6 +70,13 @@ class LatentStatistics:
         path = Path(path)
         if not path.is_file():
             raise CheckpointError(f"{path}: no such file of latent statistics")
+        if path.suffix == ".json":
+            found = cls.of_diffusers(read_config(path), str(path))
+            if found is None:
+                raise CheckpointError(
+                    f"{path}: holds no latent statistics: expected latents_mean and latents_std, or scaling_factor"
+                )
+            return found
         content, _ = read_weights(path)
         found = _from_mapping(content, str(path))
         if found is None:
@@ -80,8 +88,30 @@ class LatentStatistics:
         return found
 
     @classmethod
-    def beside(cls, generator: str | Path) -> LatentStatistics | None:
-        """Those that lie in a generator's folder, or in its checkpoint; None where there are none."""
+    def of_diffusers(cls, config: Mapping[str, Any], source: str) -> LatentStatistics | None:
+        """Of an autoencoder's config.json in diffusers: z = (latent - latents_mean or shift_factor) / latents_std
+        scaling_factor; None where it has none of them. RAE's divides by std + 1e-5."""
+        numbers = {k: config.get(k) for k in ("latents_mean", "latents_std", "shift_factor", "scaling_factor")}
+        given = {k: v for k, v in numbers.items() if v is not None}
+        if not given:
+            return None
+        try:
+            given = {k: torch.as_tensor(v, dtype=torch.float32) for k, v in given.items()}
+        except (TypeError, ValueError, RuntimeError):
+            raise CheckpointError(f"{source}: {', '.join(given)} must be numbers, or lists of them") from None
+        if "latents_mean" in given and "shift_factor" in given and given["shift_factor"].any():
+            raise CheckpointError(f"{source}: has latents_mean and shift_factor; it is not known which comes first")
+        zero, one = torch.tensor(0.0), torch.tensor(1.0)
+        std = given.get("latents_std", one)
+        if config.get("_class_name") == "AutoencoderRAE" and "latents_std" in given:
+            std = std + _EPS
+        mean = given.get("latents_mean", given.get("shift_factor", zero))
+        return cls(mean, std / given.get("scaling_factor", one), source)
+
+    @classmethod
+    def beside(cls, generator: str | Path, content: Any = None) -> LatentStatistics | None:
+        """Those that lie in a generator's folder, in its checkpoint (`content`, where that has been read), or in the
+        `vae` folder of a diffusers pipeline; None where there are none."""
         place = Path(generator)
         folder = place if place.is_dir() else place.parent
         if not place.exists():
@@ -89,14 +119,15 @@ class LatentStatistics:
         for pattern in STATISTICS:
             for path in sorted(folder.glob(pattern)):
                 return cls.load(path)
-        weights: Iterable[Path] = sorted(folder.glob("*.pt")) if place.is_dir() else [place]
-        for path in weights:
-            if path.suffix != ".pt":
-                continue
-            found = _from_checkpoint(read_weights(path)[0], str(path))
-            if found is not None:
-                return found
-        return None
+        files = sorted(folder.glob("*.pt")) if place.is_dir() else [place] if place.suffix == ".pt" else []
+        found = None
+        reads = [(place, content)] if content is not None else ((path, read_weights(path)[0]) for path in files)
+        for path, read in reads:
+            found = found or _from_checkpoint(read, str(path))
+        for path in (folder / "vae" / "config.json", folder.parent / "vae" / "config.json"):
+            if found is None and path.is_file():
+                found = cls.of_diffusers(read_config(path), str(path))
+        return found
 
     def save(self, folder: str | Path) -> Path:
         """Writes `latent_statistics.safetensors` into a folder, beside a generator, and returns its path."""
@@ -105,6 +136,18 @@ class LatentStatistics:
         path = Path(folder) / FILE
         save_file({"mean": self.mean.contiguous(), "std": self.std.contiguous()}, path, {"source": self.source})
         return path
+
+    def as_batch_norm(self, channels: int) -> tuple[Tensor, Tensor]:
+        """(running_mean, running_var) (C,) of the batch norm that normalises alike. ValueError where they are not of
+        channels."""
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            if value.numel() not in (1, channels):
+                raise ValueError(
+                    f"latent statistics ({self.source}): {name} of shape {tuple(value.shape)} is not one a channel"
+                )
+        mean, std = (getattr(self, n).reshape(-1).expand(channels).clone() for n in ("mean", "std"))
+        return mean, std.square() - _EPS
 
     def check(self, shape: tuple[int, ...]) -> None:
         """ValueError unless they fit latents of `shape`: (L, C) or (C, H, W)."""

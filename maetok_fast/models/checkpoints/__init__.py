@@ -7,7 +7,8 @@
     locate.py      locate                             a directory, a file or a hub repository
     files.py       read_*, storable, write_together   no code of a file is run; all files of a save or none
     copies.py      pick                               which of a training file's copies, and without which prefix
-    pretrained.py  Pretrained                         from_pretrained, save_pretrained, push_to_hub
+    pretrained.py  Pretrained, Stored                 from_pretrained, save_pretrained, push_to_hub
+    export.py      write_checkpoint                   the same weights as training files and folders of others
 
 No registry: nothing here knows a model class. A new family is a `Pretrained` with a `config_class` and its own
 `Layout`, wherever it is written.
@@ -16,6 +17,6 @@ No registry: nothing here knows a model class. A new family is a `Pretrained` wi
 from __future__ import annotations
 
 from maetok_fast.models.checkpoints.layout import CheckpointError, Facts, Layout
-from maetok_fast.models.checkpoints.pretrained import Pretrained
+from maetok_fast.models.checkpoints.pretrained import Pretrained, Stored
 
-__all__ = ["CheckpointError", "Facts", "Layout", "Pretrained"]
+__all__ = ["CheckpointError", "Facts", "Layout", "Pretrained", "Stored"]

@@ -77,11 +77,27 @@ class NoTensor:
         pass
 
 
+class Arguments(NoTensor):
+    """A command line that a training file keeps: `values`, those that are plain."""
+
+    values: dict[str, Any]
+
+    def __setstate__(self, state: Any) -> None:
+        plain = (str, int, float, bool)
+        self.values = {
+            str(k): v
+            for k, v in (state.items() if isinstance(state, dict) else ())
+            if isinstance(v, plain) or (isinstance(v, (list, tuple)) and all(isinstance(i, plain) for i in v))
+        }
+
+
 _DATA: list[Any] = [
+    (Arguments, "argparse.Namespace"),
+    (Arguments, "types.SimpleNamespace"),
+]
+_DATA += [
     (NoTensor, name)
     for name in (
-        "argparse.Namespace",
-        "types.SimpleNamespace",
         *(f"pathlib{m}.{p}{k}Path" for m in ("", "._local") for p in ("", "Pure") for k in ("", "Posix", "Windows")),
         *(f"numpy.{core}.multiarray.{k}" for core in ("core", "_core") for k in ("scalar", "_reconstruct")),
         "numpy.dtype",

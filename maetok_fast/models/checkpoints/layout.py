@@ -72,13 +72,17 @@ class Layout:
         public: Mapping[str, Any] | None,
         given: Mapping[str, Any],
         allow: Iterable[str],
+        hints: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """The configuration's fields: shown by `state`, said by config.json (`public`, None where there is none) or by
         the caller (`given`). What none of them says is assumed and, without a config.json, named in a warning.
 
+        hints: without a config.json, what a training file's arguments say under the same names, of which most mean
+        something else: taken for what weights do not show, and for nothing more.
         allow: "config.NAME" patterns of keys that may be unknown or contradict the weights. Raises CheckpointError.
         """
-        facts = Facts(self, state, public, given, allow)
+        known = {k: v for k, v in (hints or {}).items() if k in self.known} if public is None else {}
+        facts = Facts(self, state, public, given, allow, known)
         fields = self.detect(facts)
         facts.finish(fields)
         return fields
@@ -94,15 +98,17 @@ class Facts:
         public: Mapping[str, Any] | None,
         given: Mapping[str, Any],
         allow: Iterable[str],
+        hints: Mapping[str, Any] | None = None,
     ) -> None:
-        self.what, self.state, self.public, self.given = layout.name, state, public or {}, given
+        self.what, self.state, self.public, self.given = layout.name, state, public or hints or {}, given
         self.allow = tuple(allow)
         self.configured = public is not None
         self.problems: list[str] = []
         self.assumed: list[str] = []
         self._unshown: set[str] = set()
         known = layout.known | _COMMON_KEYS
-        unknown = sorted(k for k in self.public if k not in known and not self._allowed(k))
+        # a leading underscore: diffusers' own (_class_name, _diffusers_version)
+        unknown = sorted(k for k in self.public if k not in known and k[:1] != "_" and not self._allowed(k))
         if unknown:
             self.problems.append(f"unknown keys in config.json: {', '.join(unknown)}")
 
@@ -154,7 +160,7 @@ class Facts:
 
     def check(self, key: str, stored: Any, *, same: Callable[[Any], bool] | None = None) -> None:
         """config.json's `key`, if there, must say what the weights show."""
-        if key in self.public and not self._allowed(key):
+        if self.configured and key in self.public and not self._allowed(key):
             said = self.public[key]
             if not (same(said) if same else said == stored):
                 self.problems.append(f"config.json says {key}={said!r}, the weights show {stored!r}")
@@ -165,6 +171,8 @@ class Facts:
         if key not in self.public:
             return None
         if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
+            if not self.configured:
+                return None
             raise CheckpointError(
                 f"config.json: {key} must be {'an integer' if integer else 'a number'}, got {value!r}"
             )
@@ -173,6 +181,8 @@ class Facts:
     def flag(self, key: str) -> bool | None:
         value = self.public.get(key)
         if key in self.public and not isinstance(value, bool):
+            if not self.configured:
+                return None
             raise CheckpointError(f"config.json: {key} must be true or false, got {value!r}")
         return value
 
@@ -181,9 +191,9 @@ class Facts:
         value = self.public.get(key)
         if isinstance(value, int) and not isinstance(value, bool):
             return value, value
-        if isinstance(value, list) and len(value) == 2 and all(type(v) is int for v in value):
+        if isinstance(value, (list, tuple)) and len(value) == 2 and all(type(v) is int for v in value):
             return value[0], value[1]
-        if value is not None:
+        if value is not None and self.configured:
             raise CheckpointError(f"config.json: {key} must be an integer or [height, width], got {value!r}")
         return None
 

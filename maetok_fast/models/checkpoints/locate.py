@@ -14,10 +14,10 @@ __all__ = ["STATISTICS", "locate"]
 
 log = logging.getLogger("maetok_fast")
 
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+WEIGHTS = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors")
 # what lies beside a generator and holds how its latents are normalised, no model: ours, LightningDiT's, REPA-E's, RAE's
 STATISTICS = ("latent_statistics.safetensors", "latents_stats.pt", "*-latents-stats.pt", "stat.pt")
-_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pth.tar")
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # seconds for the one question that shows whether the hub answers; HF_HUB_ETAG_TIMEOUT overrides it
 _PATIENCE = 5.0
@@ -32,21 +32,25 @@ def locate(
     """
     path = Path(source).expanduser()
     if path.is_file():
-        if path.suffix not in _SUFFIXES:
-            raise CheckpointError(f"{path}: expected a .safetensors, .pt, .pth, .bin or .ckpt file")
+        if not path.name.endswith(_SUFFIXES):
+            raise CheckpointError(f"{path}: expected a .safetensors, .pt, .pth, .bin, .ckpt or .pth.tar file")
         beside = path.with_name("config.json")
         return (beside if beside.is_file() else None), path
     if path.is_dir():
+        inner = path / "unwrapped_model"  # of 1d-tokenizer's checkpoint-{step}/
+        path = inner if inner.is_dir() else path
         found = [path / name for name in WEIGHTS if (path / name).is_file()]
         if not found:
-            found = sorted(p for p in path.iterdir() if p.suffix in _SUFFIXES and p.is_file() and not _statistics(p))
+            found = sorted(
+                p for p in path.iterdir() if p.name.endswith(_SUFFIXES) and p.is_file() and not _statistics(p)
+            )
             if len(found) != 1:
                 names = ", ".join(p.name for p in found) or "none"
                 raise CheckpointError(f"{path}: expected model.safetensors or exactly one weights file, found {names}")
         config = path / "config.json"
         return (config if config.is_file() else None), found[0]
     name = os.fspath(source)
-    if not _REPO_ID.fullmatch(name) or path.suffix in _SUFFIXES:
+    if not _REPO_ID.fullmatch(name) or path.name.endswith(_SUFFIXES):
         raise CheckpointError(
             f"{source}: no such file or directory, and not a hub repository id like 'MAETok/maetok-b-128'"
         )

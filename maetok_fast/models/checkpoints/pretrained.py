@@ -16,6 +16,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from maetok_fast.models.checkpoints.copies import pick
 from maetok_fast.models.checkpoints.files import (
+    Arguments,
     read_config,
     read_weights,
     save_id,
@@ -34,9 +36,40 @@ from maetok_fast.models.checkpoints.files import (
 from maetok_fast.models.checkpoints.layout import SAVE_ID, CheckpointError, Layout, matches
 from maetok_fast.models.checkpoints.locate import locate
 
-__all__ = ["Pretrained"]
+__all__ = ["Pretrained", "Stored"]
 
 M = TypeVar("M", bound="Pretrained")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A checkpoint's files, read once. config: of config.json, None where there is none; file: that of the weights;
+    content: what it holds; metadata: a safetensors file's."""
+
+    config: dict[str, Any] | None
+    file: Path
+    content: Any
+    metadata: dict[str, str]
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Those of the command line, or of the dictionary, that a training file keeps as `args` or `config`."""
+        for name in ("args", "config"):
+            kept = self.content.get(name) if isinstance(self.content, Mapping) else None
+            if isinstance(kept, Arguments):
+                return kept.values
+            if isinstance(kept, Mapping):
+                return {str(k): v for k, v in kept.items()}
+        return {}
+
+    @classmethod
+    def read(
+        cls, source: str | os.PathLike[str], revision: str | None = None, token: str | bool | None = None
+    ) -> Stored:
+        """See `Pretrained.from_pretrained`. CheckpointError naming what cannot be found or read."""
+        config_file, weights_file = locate(source, revision, token)
+        public = read_config(config_file) if config_file else None
+        return cls(public, weights_file, *read_weights(weights_file))
 
 
 class Pretrained(nn.Module):
@@ -76,22 +109,36 @@ class Pretrained(nn.Module):
         that neither weights nor config.json tell (`heads=6`, `position="axial"`, `time="sit"`); what is assumed without
         a config.json is logged as a warning. Raises CheckpointError, naming the file and the keys.
         """
+        _check_prefer(prefer)
+        _layout(cls)  # before anything is downloaded
+        stored = Stored.read(source, revision, token)
+        return cls.from_stored(stored, allow=allow, prefer=prefer, dtype=dtype, device=device, **changes)
+
+    @classmethod
+    def from_stored(
+        cls: type[M],
+        stored: Stored,
+        *,
+        allow: str | Iterable[str] = (),
+        prefer: str = "ema",
+        dtype: torch.dtype | None = None,
+        device: str | torch.device = "cpu",
+        **changes: Any,
+    ) -> M:
+        """`from_pretrained` of files that have been read, which several classes may look at."""
         layout = _layout(cls)
-        if prefer not in ("ema", "model"):
-            raise ValueError(f"from_pretrained: prefer {prefer!r} is not 'ema' or 'model'")
+        _check_prefer(prefer)
         allowed = (allow,) if isinstance(allow, str) else tuple(allow)
         unknown = sorted(set(changes) - set(cls.config_class.__dataclass_fields__))
         if unknown:
             raise ValueError(f"from_pretrained: {cls.config_class.__name__} has no field {', '.join(unknown)}")
-        config_file, weights_file = locate(source, revision, token)
-        public = read_config(config_file) if config_file else None
-        content, metadata = read_weights(weights_file)
+        public, weights_file = stored.config, stored.file
         if public is not None and not matches(f"config.{SAVE_ID}", allowed):
-            _check_one_save(public.get(SAVE_ID), metadata.get(SAVE_ID), weights_file)
-        state = pick(content, layout.name, layout.mark, prefer, weights_file)
+            _check_one_save(public.get(SAVE_ID), stored.metadata.get(SAVE_ID), weights_file)
+        state = pick(stored.content, layout.name, layout.mark, prefer, weights_file)
         state = {k: v for k, v in state.items() if not matches(k, layout.tolerated)}
         try:
-            config = cls.config_class(**layout.fields(state, public, changes, allowed))
+            config = cls.config_class(**layout.fields(state, public, changes, allowed, stored.arguments))
         except CheckpointError as error:
             raise CheckpointError(f"{weights_file}: {error}") from None
         except (ValueError, TypeError, ArithmeticError) as error:
@@ -157,6 +204,11 @@ class Pretrained(nn.Module):
             self.save_pretrained(folder)
             commit = api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message=message)
         return str(commit)
+
+
+def _check_prefer(prefer: str) -> None:
+    if prefer not in ("ema", "model"):
+        raise ValueError(f"from_pretrained: prefer {prefer!r} is not 'ema' or 'model'")
 
 
 def _layout(model: type[Pretrained]) -> Layout:

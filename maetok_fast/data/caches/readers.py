@@ -1,0 +1,356 @@
+# Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
+"""The layouts of latent caches, each told by what lies in its folder, and `open_cache`.
+
+    lightningdit  latents_rank{rr:02d}_shard{sss:03d}.safetensors: latents, latents_flip, labels (LightningDiT, VTP; SFD
+                  adds latents_sv, latents_dino). Ranks of a distributed sampler: image i is item i // W of rank i % W,
+                  and the sampler repeats the first images at the end so that all ranks are of one length. `images=`,
+                  how many there really are, drops those; nothing in the files tells them (each was sampled anew).
+    repa          00000/img-mean-std-00000000.npy and dataset.json {"labels": [[path, int], ...]}, in vae-sd/ or itself
+    repa-e        <name>.h5 and <name>_h5.json, the names of its datasets in order
+    mar           <class>/<file>.npz: moments, moments_flip
+    dc-ae         <class>/<stem>.npy: (C, h, w), scaled already
+
+Labels of folders are the places of their sorted names, as torchvision's ImageFolder numbers them. No pickle is ever
+opened.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from maetok_fast.data.caches.cache import CacheError, LatentCache
+
+__all__ = ["FORMATS", "find_cache", "open_cache"]
+
+MOST_BYTES = 2**28  # of one item: what claims more is no latent
+_SHARD = re.compile(r"latents_rank(\d+)_shard(\d+)\.safetensors")
+
+
+class LightningDiTCache(LatentCache):
+    """See the module's table. images: how many there really are; None: all rows."""
+
+    format = "lightningdit"
+
+    def __init__(self, path: Path, moments: str | None = None, images: int | None = None) -> None:
+        self.images = images
+        if moments is not None:
+            raise CacheError(f"{path}: a lightningdit cache holds samples, no moments")
+        super().__init__(path)
+
+    def _open(self) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        found = sorted((int(m[1]), int(m[2]), p) for p in self.path.iterdir() if (m := _SHARD.fullmatch(p.name)))
+        rows: dict[int, list[tuple[Any, int]]] = {}
+        keys: set[str] | None = None
+        for rank, _, path in found:
+            try:
+                file = safe_open(path, framework="numpy")
+                here, shape = set(file.keys()), file.get_slice("latents").get_shape()
+            except (SafetensorError, OSError, ValueError) as error:
+                raise CacheError(f"{path}: no complete shard of a lightningdit cache ({error})") from error
+            if keys is not None and here != keys:
+                raise CacheError(f"{path}: holds {sorted(here)}, the shards before it {sorted(keys)}")
+            keys = here
+            rows.setdefault(rank, []).extend((file, i) for i in range(shape[0]))
+        self._rows = _interleaved(rows, self.images, self.path)
+        self.names = [f"{i:08d}" for i in range(len(self._rows))]
+        keys = keys or set()
+        self.flips = "latents_flip" in keys
+        self.extras = tuple(sorted(k for k in keys - {"latents", "latents_flip", "labels"} if not k.endswith("_flip")))
+        self.labels = self._labels() if "labels" in keys else None
+
+    def _labels(self) -> np.ndarray:
+        whole: dict[int, np.ndarray] = {}
+        out = np.empty(len(self._rows), dtype=np.int64)
+        for i, (file, row) in enumerate(self._rows):
+            if id(file) not in whole:
+                whole[id(file)] = file.get_tensor("labels")
+            out[i] = whole[id(file)][row]
+        return out
+
+    def stored(self, i: int, flip: bool = False) -> np.ndarray:
+        return self.extra("latents_flip" if flip else "latents", i)
+
+    def extra(self, name: str, i: int) -> np.ndarray:
+        file, row = self._rows[i]
+        try:
+            return np.asarray(file.get_slice(name)[row : row + 1])[0]
+        except Exception as error:  # SafetensorError is no type that it always raises
+            raise CacheError(f"{self.path}: item {i} has no {name} ({error})") from error
+
+    def _kind(self, moments: str | None) -> str:
+        return "sample"
+
+
+def _interleaved(rows: dict[int, list[Any]], images: int | None, path: Path) -> list[Any]:
+    """The ranks' items in the images' order, without what the sampler repeated."""
+    ranks = [rows[rank] for rank in sorted(rows)]
+    longest = max((len(r) for r in ranks), default=0)
+    ordered = [ranks[k][i] for i in range(longest) for k in range(len(ranks)) if i < len(ranks[k])]
+    if images is None:
+        return ordered
+    if not len(ordered) - len(ranks) < images <= len(ordered):
+        raise CacheError(
+            f"{path}: {images} images cannot be in its {len(ordered)} items of {len(ranks)} ranks: a distributed "
+            "sampler repeats fewer than one a rank"
+        )
+    return ordered[:images]
+
+
+class _Files(LatentCache):
+    """Layouts of one file an image."""
+
+    pattern: ClassVar[str]
+
+    def _open(self) -> None:
+        self._files = sorted(p for p in self.path.rglob(self.pattern) if p.is_file())
+        self.names = [p.relative_to(self.path).with_suffix("").as_posix() for p in self._files]
+        self.labels = self._labels()
+
+    def _labels(self) -> np.ndarray | None:
+        """By the folder that a file lies in."""
+        classes = [name.split("/")[0] if "/" in name else None for name in self.names]
+        if None in classes:
+            return None
+        places = {c: i for i, c in enumerate(sorted(set(classes), key=str))}
+        return np.array([places[c] for c in classes], dtype=np.int64)
+
+    def stored(self, i: int, flip: bool = False) -> np.ndarray:
+        return _array(self._files[i])
+
+
+class REPACache(_Files):
+    format = "repa"
+    stated = "mean_std"
+    pattern = "img-mean-std-*.npy"
+
+    def __init__(self, path: Path, moments: str | None = None) -> None:
+        inner = path / "vae-sd"
+        super().__init__(inner if inner.is_dir() else path, moments)
+
+    def _labels(self) -> np.ndarray | None:
+        places = [p for p in (self.path / "dataset.json", self.path.parent / "dataset.json") if p.is_file()]
+        return None if not places else _told_labels(_json(places[0]), self.names, places[0])
+
+
+class MARCache(_Files):
+    format = "mar"
+    stated = "mean_logvar"
+    pattern = "*.npz"
+
+    def _open(self) -> None:
+        super()._open()
+        self.flips = bool(self._files) and "moments_flip.npy" in _members(self._files[0])
+
+    def stored(self, i: int, flip: bool = False) -> np.ndarray:
+        return _member(self._files[i], "moments_flip" if flip else "moments")
+
+
+class DCAECache(_Files):
+    format = "dc-ae"
+    pattern = "*.npy"
+
+    def _kind(self, moments: str | None) -> str:
+        if moments is not None:
+            raise CacheError(f"{self.path}: a dc-ae cache holds scaled latents, no moments")
+        return "scaled"
+
+
+class REPAECache(LatentCache):
+    """The .h5 file itself, or a folder with one that has its names beside."""
+
+    format = "repa-e"
+    stated = "mean_std"
+
+    def _open(self) -> None:
+        h5py = _h5py()
+        if self.path.is_dir():
+            self.path = _h5_files(self.path)[0]
+        try:
+            self._h5 = h5py.File(self.path, "r")
+        except OSError as error:
+            raise CacheError(f"{self.path}: not a complete HDF5 file ({error})") from error
+        names = _json(_names_of(self.path))
+        if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
+            raise CacheError(f"{_names_of(self.path)}: expected a list of names")
+        self._keys = [n for n in names if not n.endswith(".json")]
+        own: set[str] = set()
+        for key in self._keys:
+            parts = key.split("/")
+            for part in ("/".join(parts[:n]) for n in range(1, len(parts) + 1)):
+                if part not in own and not self._is_own(part, h5py.HardLink):
+                    raise CacheError(f"{self.path}: {key!r}, which {_names_of(self.path).name} lists, is not in it")
+                own.add(part)
+        self.names = [Path(key).with_suffix("").as_posix() for key in self._keys]
+        self.labels = self._labels()
+
+    def _is_own(self, key: str, link: type) -> bool:
+        """Links may lead out of the file: what is not its own is not followed."""
+        try:
+            return isinstance(self._h5.get(key, getlink=True), link)
+        except Exception as error:  # h5py passes on whatever HDF5 says, as four types
+            raise CacheError(f"{self.path}: {key} cannot be read ({error})") from error
+
+    def _labels(self) -> np.ndarray | None:
+        beside = self.path.with_name("dataset.json")
+        if beside.is_file():
+            return _told_labels(_json(beside), self.names, beside)
+        try:
+            inside = json.loads(bytes(self._array("dataset.json")).decode()) if "dataset.json" in self._h5 else None
+        except (ValueError, RuntimeError, OSError) as error:
+            raise CacheError(f"{self.path}: its dataset.json cannot be read ({error})") from error
+        return None if inside is None else _told_labels(inside, self.names, self.path)
+
+    def stored(self, i: int, flip: bool = False) -> np.ndarray:
+        return self._array(self._keys[i])
+
+    def _array(self, key: str) -> np.ndarray:
+        try:
+            found = self._h5[key]
+            if found.external:
+                raise ValueError("it lies in another file, which is not followed")
+            if found.nbytes > MOST_BYTES:
+                raise ValueError(f"{found.nbytes} bytes are no item")
+            return np.asarray(found)
+        except Exception as error:  # as above
+            raise CacheError(f"{self.path}: {key} cannot be read ({error})") from error
+
+
+# ---- which it is --------------------------------------------------------------------------------------------------
+
+
+def _has(path: Path, pattern: str) -> bool:
+    return path.is_dir() and next((True for p in path.rglob(pattern) if p.is_file()), False)
+
+
+def _is_mar(path: Path) -> bool:
+    first = next((p for p in path.glob("*/*.npz")), None) if path.is_dir() else None
+    return first is not None and "moments.npy" in _members(first)
+
+
+def _h5_files(path: Path) -> list[Path]:
+    """REPA-E's .h5 files that have their names beside; of those in a folder not the images'."""
+    if path.is_dir():
+        return [p for p in sorted(path.glob("*.h5")) if p.stem != "images" and _names_of(p).is_file()]
+    return [path] if path.suffix == ".h5" and _names_of(path).is_file() else []
+
+
+# in the order in which they are asked: the more telling first
+FORMATS: dict[str, tuple[Callable[[Path], bool], type[LatentCache]]] = {
+    "lightningdit": (
+        lambda path: path.is_dir() and any(_SHARD.fullmatch(p.name) for p in path.iterdir()),
+        LightningDiTCache,
+    ),
+    "repa-e": (lambda path: bool(_h5_files(path)), REPAECache),
+    "repa": (lambda path: _has(path, REPACache.pattern), REPACache),
+    "mar": (_is_mar, MARCache),
+    "dc-ae": (lambda path: _has(path, DCAECache.pattern), DCAECache),
+}
+
+
+def find_cache(path: str | Path) -> str | None:
+    """The layout of the cache at `path`, or None where it is none."""
+    path = Path(path)
+    return next((name for name, (recognise, _) in FORMATS.items() if path.exists() and recognise(path)), None)
+
+
+def open_cache(
+    path: str | Path, format: str | None = None, *, moments: str | None = None, images: int | None = None
+) -> LatentCache:
+    """The latent cache at `path`, a folder, or REPA-E's .h5 file.
+
+    format: of FORMATS; None: told by what lies there. moments: "std" or "logvar", where files contradict their layout.
+    images: of a lightningdit cache, how many there really are (ImageNet's train: 1281167). CacheError naming the file.
+    """
+    path = Path(path).expanduser()
+    if format is None:
+        format = find_cache(path)
+    if format is None:
+        known = ", ".join(FORMATS)
+        raise CacheError(f"{path}: no latent cache of a known layout ({known}), or no such folder")
+    if format not in FORMATS:
+        raise ValueError(f"unknown cache format {format!r}: expected one of {', '.join(FORMATS)}")
+    recognise, kind = FORMATS[format]
+    if not path.exists() or not recognise(path):
+        raise CacheError(f"{path}: no {format} cache: the files of that layout are not there")
+    if issubclass(kind, LightningDiTCache):
+        return kind(path, moments, images)
+    if images is not None:
+        raise CacheError(f"{path}: images= is for lightningdit caches, whose sampler repeats some; this is {format}")
+    return kind(path, moments)
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------
+
+
+def _names_of(h5: Path) -> Path:
+    return h5.with_name(f"{h5.stem}_h5.json")
+
+
+def _h5py() -> Any:
+    try:
+        import h5py
+    except ImportError as error:
+        raise CacheError("REPA-E's caches are HDF5 files, which need h5py: pip install h5py") from error
+    return h5py
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CacheError(f"{path}: not readable as JSON ({error})") from error
+
+
+def _told_labels(content: Any, names: list[str], where: Path) -> np.ndarray | None:
+    """Of dataset.json: by path, or, where paths are of images, in sorted order, as REPA pairs them."""
+    pairs = content.get("labels") if isinstance(content, dict) else None
+    if pairs is None:
+        return None
+    fits = isinstance(pairs, (list, dict))
+    items = list(pairs.items()) if isinstance(pairs, dict) else pairs
+    fits = fits and all(isinstance(p, (list, tuple)) and len(p) == 2 and type(p[1]) is int for p in items)
+    if not fits:
+        raise CacheError(f'{where}: expected "labels": a list of [path, integer]')
+    told = {Path(str(name)).with_suffix("").as_posix(): label for name, label in items}
+    if all(name in told for name in names):
+        return np.array([told[name] for name in names], dtype=np.int64)
+    if len(told) != len(names):
+        raise CacheError(f"{where}: labels for {len(told)} files, and {len(names)} latents that they do not name")
+    return np.array([label for _, label in sorted(told.items())], dtype=np.int64)
+
+
+def _array(path: Path) -> np.ndarray:
+    try:
+        return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+    except (OSError, ValueError, EOFError, TypeError, SyntaxError) as error:
+        raise CacheError(f"{path}: no array file that can be read ({error})") from error
+
+
+def _members(path: Path) -> list[str]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.namelist()
+    except (OSError, zipfile.BadZipFile, ValueError) as error:
+        raise CacheError(f"{path}: no complete .npz file ({error})") from error
+
+
+def _member(path: Path, name: str) -> np.ndarray:
+    try:
+        with zipfile.ZipFile(path) as entries:
+            if entries.getinfo(f"{name}.npy").file_size > MOST_BYTES:
+                raise ValueError("it unpacks to more than an item")
+        with np.load(path, allow_pickle=False) as archive:
+            return np.asarray(archive[name])
+    except KeyError:
+        raise CacheError(f"{path}: has no {name}; it holds {', '.join(_members(path))}") from None
+    except Exception as error:  # zlib's, zipfile's, numpy's on damaged members
+        raise CacheError(f"{path}: {name} cannot be read ({error})") from error
