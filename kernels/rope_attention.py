@@ -11,7 +11,8 @@ angle(n, j) = x_n f_x[j] + y_n f_y[j] (RoPE-Mixed, Heo et al. 2024, arXiv 2403.1
 where f_x or f_y is zero). The angles enter as one [cos, sin] table made by `rope_table` for all layers at once; the
 table is fp32 and differentiable, so learned frequencies get their gradient and fixed ones become a constant.
 
-first_query/num_queries prune the queries (a last block needs only the latent or only the image tokens' outputs).
+first_query/num_queries prune the queries (a last block needs only the latent or only the image tokens' outputs). Under
+forward-mode AD it is `rope_attention_jvp`, value and tangent in one pass.
 
 Triton: q and k are rotated in registers as they are loaded, so neither is written rotated; unrotated rows load no
 table. head_dim 72 runs as 64 + 16 columns (`_tiles.head_split`). With q/k norm a row kernel writes the normalised,
