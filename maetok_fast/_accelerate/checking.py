@@ -152,7 +152,10 @@ def _positions(module: Any, what: reading.Attention, tokens: int) -> Iterator[di
             angle = _like(module, *shape).double()
             yield {rope: torch.polar(torch.ones_like(angle), angle), **counts}
     elif hasattr(module, "num_prefix_tokens"):
-        for shape in ((tokens - module.num_prefix_tokens, pairs), (what.heads, tokens - module.num_prefix_tokens, pairs)):
+        for shape in (
+            (tokens - module.num_prefix_tokens, pairs),
+            (what.heads, tokens - module.num_prefix_tokens, pairs),
+        ):
             parts = [t(_like(module, *shape)) for t in (torch.sin, torch.cos)]
             twice = [torch.cat([t, t], -1) if what.half else t.repeat_interleave(2, -1) for t in parts]
             yield {rope: torch.cat(twice, -1)}
@@ -196,5 +199,3 @@ def is_rotary(module: nn.Module) -> bool:
         return close(pristine(module, cos.dtype)(t), turned_pairs(t, cos, sin))
     except Exception:
         return False
-
-

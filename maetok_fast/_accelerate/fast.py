@@ -17,7 +17,6 @@ The weights for inference that packed.py adds lie beside, in `_packed`, which co
 
 from __future__ import annotations
 
-import functools
 from typing import Any, ClassVar
 
 import torch
@@ -29,7 +28,17 @@ from maetok_fast._accelerate.reading import COUNTS, ROPES, Norm
 from maetok_fast.kernels import adaln, gate_residual, residual_adaln, rope_attention, swiglu
 from maetok_fast.layers import linear_act, read_dtype
 
-__all__ = ["Fast", "FastAttention", "FastBlock", "FastLinear", "FastMlp", "FastMultihead", "FastRotary", "become"]
+__all__ = [
+    "Fast",
+    "FastAttention",
+    "FastBlock",
+    "FastLinear",
+    "FastMlp",
+    "FastMultihead",
+    "FastRotary",
+    "become",
+    "unbecome",
+]
 
 
 class Fast:
@@ -40,18 +49,24 @@ class Fast:
     _reading: Any
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        _, args, state, *rest = super().__reduce_ex__(max(2, protocol))  # type: ignore[misc]
+        found: Any = super().__reduce_ex__(max(2, protocol))
+        _, args, state, *rest = found
         state = {k: v for k, v in state.items() if k != "_packed"}
         return (_remake, (self.kind, self.original, *args[1:]), state, *rest)
 
 
-@functools.cache
-def _class(kind: type[Fast], original: type[nn.Module]) -> type[nn.Module]:
-    body = {"original": original, "kind": kind, "__module__": kind.__module__, "__doc__": kind.__doc__}
-    return type(f"{kind.__name__}Of{original.__name__}", (kind, original), body)
+_classes: dict[tuple[Any, Any], Any] = {}
 
 
-def _remake(kind: type[Fast], original: type[nn.Module], *args: Any) -> nn.Module:
+def _class(kind: type[Fast], original: type[nn.Module]) -> Any:
+    """The class that is both; one for each pair."""
+    if (kind, original) not in _classes:
+        body = {"original": original, "kind": kind, "__module__": kind.__module__, "__doc__": kind.__doc__}
+        _classes[kind, original] = type(f"{kind.__name__}Of{original.__name__}", (kind, original), body)
+    return _classes[kind, original]
+
+
+def _remake(kind: type[Fast], original: type[nn.Module], *args: Any) -> Any:
     made = _class(kind, original)
     return made.__new__(made, *args)
 
@@ -62,9 +77,12 @@ def become(module: nn.Module, kind: type[Fast], what: Any) -> None:
     module.__dict__["_reading"] = what
 
 
-def unbecome(module: nn.Module) -> None:
-    """The class that it had."""
-    assert isinstance(module, Fast)
+def unbecome(module: Any) -> None:
+    """The class that it had. TypeError where another one was laid over it since (`fully_shard`)."""
+    if type(module) is not _class(module.kind, module.original):
+        raise TypeError(
+            f"restore: {type(module).__name__} was made of an accelerated module since; restore before that is done"
+        )
     module.__class__ = module.original
     for name in ("_reading", "_packed", "_target"):
         module.__dict__.pop(name, None)
@@ -90,7 +108,7 @@ def normed(owner: nn.Module, norm: Norm, x: Tensor, *modulation: Any) -> Tensor:
     """The child's norm of x (B, N, D). modulation: shift, scale, offset."""
     module = owner._modules[norm.name]
     shift, scale, offset = modulation or (None, None, 1.0)
-    weight, bias = module.weight if hasattr(module, "weight") else None, getattr(module, "bias", None)  # type: ignore[union-attr]
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     return adaln(x, shift, scale, weight, bias, norm.eps, offset, read_dtype(x), norm.kind)
 
 
@@ -153,7 +171,9 @@ def interleaved(x: Tensor) -> Tensor:
     return x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
 
 
-def rotation(module: Any, part: reading.Attention, given: dict[str, Any], tokens: int) -> tuple[Tensor | None, int] | None:
+def rotation(
+    module: Any, part: reading.Attention, given: dict[str, Any], tokens: int
+) -> tuple[Tensor | None, int] | None:
     """(the table of `rope_attention` or None, the prefix) that a call's arguments mean; None: ask the original."""
     name = next((n for n in part.call.names if n in ROPES), None)
     value = None if name is None else given[name]
@@ -184,7 +204,7 @@ def attended(
 ) -> Tensor:
     """qkv (B, N, 3 * heads * head_dim) -> (B, N, heads * head_dim). paired: halves are pairs already."""
     qkv = qkv.unflatten(-1, (3, part.heads, part.head_dim))
-    affine: list[Tensor | None] = [None] * 4
+    affine: Any = [None] * 4
     if part.qk_norm != "none":
         affine = [getattr(module._modules[n], w, None) for n in ("q_norm", "k_norm") for w in ("weight", "bias")]
     if part.half and (paired or turned[0] is not None):
@@ -192,7 +212,8 @@ def attended(
             qkv = torch.cat([interleaved(qkv[:, :, :2]), qkv[:, :, 2:]], 2)
         affine = [None if v is None else interleaved(v) for v in affine]
     table, prefix = turned
-    return rope_attention(qkv, table, *affine, prefix=prefix, qk_norm=part.qk_norm, eps=part.eps)
+    q, qb, k, kb = affine
+    return rope_attention(qkv, table, q, qb, k, kb, prefix, part.qk_norm, part.eps)
 
 
 def qkv_bias(module: Any, part: reading.Attention) -> Tensor | None:
@@ -320,7 +341,7 @@ def handed_on(module: Any, part: reading.Block, given: dict[str, Any]) -> dict[s
         return None
     condition = None if part.modulation is None else part.modulation.condition
     if part.modulation is not None:
-        c = given[condition]
+        c = given[part.modulation.condition]
         per_token = part.modulation.form == "tokens"
         if not isinstance(c, Tensor) or c.ndim != 2 + per_token:
             return None

@@ -51,7 +51,7 @@ def _products(module: Any, make: Callable[[Target], Products]) -> Products:
     found = module.__dict__.get("_packed")
     if found is None or found[0] != now:
         found = module.__dict__["_packed"] = (now, make(module._target))
-    return found[1]  # type: ignore[no-any-return]
+    return found[1]
 
 
 def _late(owner: Any, norm: Norm, x: Tensor, *modulation: Any) -> Normed:
@@ -106,7 +106,7 @@ class PackedMlp(FastMlp):
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         part: reading.Mlp = self._reading
-        x = args[0] if args else None
+        x: Any = args[0] if args else None
         if len(args) != 1 or kwargs or not _ready(self, x) or (part.inner is not None and x.ndim != 3):
             return super().forward(*args, **kwargs)
         made = _products(self, self._pack)
@@ -176,7 +176,7 @@ class PackedBlock(FastBlock):
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         part: reading.Block = self._reading
         given = part.call.bind(args, kwargs)
-        x = None if given is None else given[part.call.names[0]]
+        x: Any = None if given is None else given[part.call.names[0]]
         passed = fast.handed_on(self, part, given) if given is not None and _ready(self, x) else None
         turned = None if passed is None else self._rotation(x, passed)
         if given is None or passed is None or turned is None:

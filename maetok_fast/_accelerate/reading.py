@@ -34,6 +34,7 @@ __all__ = [
     "Norm",
     "Unfit",
     "close",
+    "is_linear",
     "plain_class",
     "pristine",
     "read_attention",
@@ -172,7 +173,7 @@ class Block:
 # ---- leaves --------------------------------------------------------------------------------------------------------
 
 
-def _is_linear(module: Any) -> bool:
+def is_linear(module: Any) -> bool:
     """An `nn.Linear` and nothing more: no quantised, parametrised or adapted one, whose product is another."""
     kinds = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
     if not isinstance(module, nn.Module) or isinstance(module._parameters.get("weight"), type(None)):
@@ -184,7 +185,7 @@ def _is_linear(module: Any) -> bool:
 
 def _linear(owner: nn.Module, name: str) -> nn.Linear:
     module = getattr(owner, name, None)
-    if not _is_linear(module):
+    if not is_linear(module):
         raise Unfit(f"its {name} is {_a(module)}, not an nn.Linear")
     return module  # type: ignore[return-value]
 
@@ -273,15 +274,15 @@ def _chain(module: nn.Module) -> bool:
     """nn.Sequential(Linear, activation, Linear), with or without dropout."""
     if plain_class(module) is not nn.Sequential:
         return False
-    live = [m for m in module._modules.values() if not _idle(m)]
-    return len(live) == 3 and _is_linear(live[0]) and _is_linear(live[2]) and not list(live[1].parameters())
+    live = [m for m in module._modules.values() if m is not None and not _idle(m)]
+    return len(live) == 3 and is_linear(live[0]) and is_linear(live[2]) and not list(live[1].parameters())
 
 
 def read_mlp(module: nn.Module) -> Mlp:
     live = [(n, m) for n, m in module._modules.items() if not _idle(m) and m is not None]
-    linears = [n for n, m in live if _is_linear(m)]
-    norms = [n for n, m in live if not _is_linear(m) and list(m.parameters())]
-    acts = [n for n, m in live if not _is_linear(m) and not list(m.parameters())]
+    linears = [n for n, m in live if is_linear(m)]
+    norms = [n for n, m in live if not is_linear(m) and list(m.parameters())]
+    acts = [n for n, m in live if not is_linear(m) and not list(m.parameters())]
     _no_others(module, {n for n, _ in live}, set())
     if len(linears) not in (2, 3) or len(norms) > 1 or len(acts) > 1:
         kinds = ", ".join(type(m).__name__ for _, m in live)
@@ -380,8 +381,9 @@ def read_block(module: nn.Module, parts: dict[nn.Module, Any]) -> list[Block]:
     first, second = next(pair for pair in _NORMS if set(pair) <= names)
     call = Call.of(module)
     attn, mlp = module._modules["attn"], module._modules["mlp"]
-    attention, feed = (p if isinstance(p, kind) else None for p, kind in
-                       ((parts.get(attn), Attention), (parts.get(mlp), Mlp)))  # type: ignore[arg-type]
+    attention, feed = parts.get(attn), parts.get(mlp)  # type: ignore[arg-type]
+    attention = attention if isinstance(attention, Attention) else None
+    feed = feed if isinstance(feed, Mlp) else None
     if attention is None and feed is None:
         raise Unfit("neither its attention nor its MLP was recognised")
     dim = _width(module, attention, feed)
@@ -412,11 +414,12 @@ def read_block(module: nn.Module, parts: dict[nn.Module, Any]) -> list[Block]:
 
 def _modulations(module: nn.Module, call: Call, dim: int) -> list[Modulation]:
     made = module._modules["adaLN_modulation"]
-    linears = [m for m in made.modules() if _is_linear(m)]  # type: ignore[union-attr]
-    parts = linears[-1].out_features / dim if linears else 0  # type: ignore[operator]
-    forms = {6: [("6", 1.0)], 4: [("4", 1.0), ("tokens", 0.0), ("tokens", 1.0)]}.get(parts)  # type: ignore[call-overload]
+    linears = [m for m in made.modules() if isinstance(m, nn.Linear)]  # type: ignore[union-attr]
+    width = linears[-1].out_features if linears else 0
+    parts = width // dim if width % dim == 0 else 0
+    forms = {6: [("6", 1.0)], 4: [("4", 1.0), ("tokens", 0.0), ("tokens", 1.0)]}.get(parts)
     if forms is None:
-        raise Unfit(f"its adaLN_modulation makes {parts:g} vectors of {dim}, not 6 or 4")
+        raise Unfit(f"its adaLN_modulation makes {width} numbers, not 4 or 6 times {dim}")
     return [Modulation("adaLN_modulation", call.names[1], form, offset) for form, offset in forms]
 
 

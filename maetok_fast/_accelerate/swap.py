@@ -1,8 +1,8 @@
 # Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 """`accelerate(model)` and `restore(model)`: find, check, exchange; and the report that says what became of each module.
 
-    modules, children first ── looks like an attention, MLP, block? ── read ── check ──> exchange the class
-                                         │ no: left alone                 └─ Unfit: left alone, with the reason
+modules, children first ── looks like an attention, MLP, block? ── read ── check ──> exchange the class
+                                     │ no: left alone                 └─ Unfit: left alone, with the reason
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from maetok_fast._accelerate.fast import (
 from maetok_fast._accelerate.packed import PACKED
 from maetok_fast._accelerate.reading import (
     Unfit,
-    _is_linear,
+    is_linear,
     read_attention,
     read_block,
     read_mlp,
@@ -173,9 +173,9 @@ def _target(model: nn.Module, weights: torch.dtype | None, report: Report) -> Ta
     if reason is not None:
         report.notes.append(f"weights are not packed: {reason}")
         return None
+    kept = "" if weights in (None, dtype) else f", kept in {weights}"
     report.notes.append(
-        f"packed for inference at the first call ({dtype}{'' if weights in (None, dtype) else f', kept in {weights}'}); "
-        "the parameters stay: twice the memory"
+        f"packed for inference at the first call ({dtype}{kept}), beside the parameters: the memory of both"
     )
     return Target(dtype, weights or dtype)
 
@@ -203,7 +203,7 @@ def _options(module: nn.Module, parts: dict[nn.Module, Any]) -> list[tuple[type[
     """What a module may be; none for those that look like nothing known. Unfit where it looks so and is not."""
     if isinstance(module, torch.jit.ScriptModule):
         return []
-    if _is_linear(module):
+    if is_linear(module):
         return [(FastLinear, None)]
     if isinstance(module, nn.Linear):
         raise Unfit("it is a kind of nn.Linear of its own")

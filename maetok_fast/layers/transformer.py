@@ -182,11 +182,13 @@ class Attention(nn.Module):
         first_query: int = 0,
         num_queries: int | None = None,
         repeated: int | None = None,
+        index: Tensor | None = None,
     ) -> Tensor:
         """x (B, N, D) -> (B, Nq, D) for the queries first_query .. first_query + num_queries - 1 (all by default).
 
         rope: `rope_table`'s (2, heads or 1, M, head_dim / 2); the tokens prefix .. prefix + M - 1 are rotated.
         repeated: x holds token `prefix` once that stands for so many equal ones; N, queries and rope count them all.
+        index (B, M) int64: the row of rope that turns each of those tokens; None: its own.
         """
         qkv = self.qkv(x)
         if repeated is not None:
@@ -206,6 +208,7 @@ class Attention(nn.Module):
             eps=self.eps,
             first_query=first_query,
             num_queries=num_queries,
+            index=index,
         )
         return self.proj(out)
 
