@@ -278,7 +278,8 @@ def _chain(module: nn.Module) -> bool:
     return len(live) == 3 and is_linear(live[0]) and is_linear(live[2]) and not list(live[1].parameters())
 
 
-def read_mlp(module: nn.Module) -> Mlp:
+def read_mlp(module: nn.Module) -> list[Mlp]:
+    """The MLPs that this may be: an activation that is no child is a function, which only the check can tell."""
     live = [(n, m) for n, m in module._modules.items() if not _idle(m) and m is not None]
     linears = [n for n, m in live if is_linear(m)]
     norms = [n for n, m in live if not is_linear(m) and list(m.parameters())]
@@ -296,14 +297,17 @@ def read_mlp(module: nn.Module) -> Mlp:
     if width not in (hidden, 2 * hidden):
         raise Unfit(f"its first layers make {width} features of which the last takes {hidden}")
     gated = width == 2 * hidden
-    act = _read_act(getattr(module, acts[0]), acts[0]) if acts else "silu"  # w12, w3: the activation is a function
-    if gated != (act == "silu"):
-        raise Unfit("SiLU with a gate, and GELU without one, are the MLPs that have a fast form")
+    if acts:
+        options = [_read_act(getattr(module, acts[0]), acts[0])]
+    else:
+        options = ["silu"] if gated else ["gelu", "gelu_tanh", "silu"]
+    if gated and options != ["silu"]:
+        raise Unfit("its gate is behind another activation than SiLU, which has a fast form")
     inner = _read_norm(module, norms[0], hidden) if norms else None
     apart = tuple(n for n in module._modules if n not in (last, *(() if len(first) == 1 and gated else first)))
     if not gated:
         apart += tuple(first)
-    return Mlp(call, tuple(first), act, gated, inner, last, apart)
+    return [Mlp(call, tuple(first), act, gated, inner, last, apart) for act in options]
 
 
 def reads_as_attention(module: nn.Module) -> bool:
@@ -323,7 +327,7 @@ def read_attention(module: nn.Module) -> Attention:
     layout = "qkv" if module._modules.get("qkv") is not None else "split"
     used = ["qkv"] if layout == "qkv" else list(_SPLIT)
     width = sum(_linear(module, n).out_features for n in used)
-    heads = getattr(module, "num_heads", None)
+    heads = getattr(module, "num_heads", getattr(module, "heads", None))
     if not isinstance(heads, int) or heads < 1 or width % (3 * heads):
         raise Unfit(f"its num_heads is {heads!r}, which does not divide the {width} features of q, k and v")
     if any(getattr(module, n).out_features * len(used) != width for n in used):

@@ -214,7 +214,7 @@ def _options(module: nn.Module, parts: dict[nn.Module, Any]) -> list[tuple[type[
     if reads_as_attention(module):
         what = read_attention(module)
         return [(FastMultihead if isinstance(module, nn.MultiheadAttention) else FastAttention, what)]
-    return [(FastMlp, read_mlp(module))] if reads_as_mlp(module) else []
+    return [(FastMlp, mlp) for mlp in read_mlp(module)] if reads_as_mlp(module) else []
 
 
 def _first_that_computes_the_same(
