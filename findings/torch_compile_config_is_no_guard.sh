@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 #
-# torch 2.13.0: what was compiled under one torch._inductor.config runs on under another: the configuration is no guard. A
+# torch 2.14.1: what was compiled under one torch._inductor.config runs on under another: the configuration is no guard. A
 # benchmark that compiles a function twice, the second time inside `config.patch(freezing=True)`, times the first graph
 # twice. `torch.compile(fn, options={"freezing": True})` compiles anew, and freezes nothing: parameters are made inputs of
 # the graph while Dynamo traces, which the options do not reach. With the patch on and a backend of its own it is frozen.
@@ -16,7 +16,7 @@ python=${PYTHON:-python3}
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 "$python" -m venv "$folder/venv"
-"$folder/venv/bin/pip" install -q torch==2.13.0 numpy==2.4.6
+"$folder/venv/bin/pip" install -q torch==2.14.1 numpy==2.4.6
 "$folder/venv/bin/python" - <<'PYTHON'
 import contextlib
 
@@ -25,7 +25,7 @@ import torch._inductor.config as config
 from torch._dynamo.utils import counters
 from torch._inductor.compile_fx import compile_fx
 
-assert torch.__version__.split("+")[0] == "2.13.0", torch.__version__
+assert torch.__version__.split("+")[0] == "2.14.1", torch.__version__
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU(), torch.nn.Linear(64, 64)).eval()
 x = torch.randn(40, 64)
