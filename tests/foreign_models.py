@@ -333,6 +333,25 @@ class LatentAttention(Attention):
         return self.merged(q, k, v)
 
 
+class LatentBlock(nn.Module):
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(dim), LatentAttention(dim, heads)
+        self.drop_path, self.norm2, self.mlp = nn.Identity(), nn.LayerNorm(dim), Mlp(dim, 4 * dim)
+
+    def forward(
+        self, x: Tensor, freqs_cis: Tensor | None = None, num_prefix_tokens: int = 1, num_latent_tokens: int = 32
+    ) -> Tensor:
+        y = self.attn(
+            self.norm1(x),
+            freqs_cis=freqs_cis,
+            num_prefix_tokens=num_prefix_tokens,
+            num_latent_tokens=num_latent_tokens,
+        )
+        x = x + self.drop_path(y)
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
 class MoVQBlock(nn.Module):
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -361,14 +380,16 @@ class MoVQBlock(nn.Module):
         return x + self.mlp(modulated(self.norm2(x), c, d))
 
 
-class MoVQ(Stack):
-    def inputs(self) -> tuple[Tensor, ...]:
-        return (*super().inputs(), torch.randn(2, 4, 8))
-
+class Latents(Stack):
     def positions(self, n: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         angle = torch.linspace(0, 3, 4 * (n - 5) * 8).view(4, n - 5, 8)  # of each head
         cis = torch.polar(torch.ones_like(angle), angle)
         return (), {"freqs_cis": cis, "num_prefix_tokens": 1, "num_latent_tokens": 4}
+
+
+class MoVQ(Latents):
+    def inputs(self) -> tuple[Tensor, ...]:
+        return (*super().inputs(), torch.randn(2, 4, 8))
 
 
 MODELS: dict[str, Any] = {
@@ -382,5 +403,6 @@ MODELS: dict[str, Any] = {
     "LightningDiT": lambda: LightningDiT(LightningDiTBlock),
     "LightningDiT, no shift": lambda: LightningDiT(LightningDiTBlock, shift=False),
     "TiTok": lambda: TiTok(ResidualAttentionBlock),
+    "MAETok's encoder": lambda: Latents(LatentBlock),
     "MAETok's decoder": lambda: MoVQ(MoVQBlock),
 }

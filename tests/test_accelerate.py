@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import maetok_fast
 from maetok_fast._accelerate.fast import Fast
 from maetok_fast.kernels import _native
+from maetok_fast.models import MAETok, MAETokConfig, ViTSize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 packs = pytest.mark.skipif(_native.why_missing() is not None, reason="weights are packed by the native library")
@@ -186,6 +187,23 @@ def test_unknown_modules_and_unknown_forwards_are_left_alone() -> None:
         torch.testing.assert_close(got, exact)
     with pytest.raises(TypeError, match=r"expected an nn\.Module, got int"):
         maetok_fast.accelerate(3)  # type: ignore[arg-type]
+
+
+def test_our_own_models_are_fast_already() -> None:
+    """Their blocks stay; for inference their linear layers are packed, with the activation behind them."""
+    size = ViTSize(96, 1, 4)
+    model = MAETok(MAETokConfig(image_size=32, patch=8, encoder=size, decoder=size)).eval()
+    x, before = torch.rand(2, 3, 32, 32), classes(model)
+    with torch.no_grad():
+        want = model(x)
+    report = maetok_fast.accelerate(model, quiet=True)
+    assert not report.kept
+    assert "inference.prepare" in str(report)
+    changed = {kind for kind, now in zip(before, classes(model)) if kind is not now}
+    assert changed == {nn.Linear}
+    report = maetok_fast.accelerate(model, for_inference=True, quiet=True)
+    assert {kind for _, kind in report.swapped.values()} <= {"PackedPlainLinear", "FastLinear"}
+    torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-5)
 
 
 def test_it_prints_what_it_did(capsys: pytest.CaptureFixture[str]) -> None:

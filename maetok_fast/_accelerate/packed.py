@@ -44,10 +44,10 @@ def _ready(module: Any, x: Any) -> bool:
 
 
 @torch.no_grad()
-def _products(module: Any, make: Callable[[Target], Products]) -> Products:
-    """The packed weights, of the parameters as they are now."""
+def _products(module: Any, make: Callable[[Target], Products], act: str = "") -> Products:
+    """The packed weights, of the parameters as they are now; act: what `make` puts behind them, where it may change."""
     tensors = [t for own in (module.parameters(), module.buffers()) for t in own]
-    now = tuple((t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors)
+    now = (act, *((t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors))
     found = module.__dict__.get("_packed")
     if found is None or found[0] != now:
         found = module.__dict__["_packed"] = (now, make(module._target))
@@ -95,9 +95,9 @@ class PackedPlainLinear(FastLinear):
     """nn.Linear over a packed weight."""
 
     def forward(self: Any, x: Tensor, act: str = "none") -> Tensor:
-        if act != "none" or not _ready(self, x):
+        if not _ready(self, x):
             return super().forward(x, act)
-        made = _products(self, lambda target: {"all": packed(self.weight, self.bias, target)})
+        made = _products(self, lambda target: {"all": packed(self.weight, self.bias, target, act)}, act)
         return made["all"](x)
 
 

@@ -30,6 +30,7 @@ from maetok_fast._accelerate.packed import PACKED
 from maetok_fast._accelerate.reading import (
     Unfit,
     is_linear,
+    plain_class,
     read_attention,
     read_block,
     read_mlp,
@@ -42,6 +43,7 @@ from maetok_fast.kernels._gemm import why_not_packed
 
 __all__ = ["Report", "accelerate", "restore"]
 
+_OWN = "maetok_fast's own modules are fast as they are; its models are prepared by maetok_fast.inference.prepare"
 _STATE = "_accelerated"  # on the model: what `for_inference` changed beside classes
 
 
@@ -188,6 +190,9 @@ def _plans(model: nn.Module, target: Target | None, report: Report) -> dict[nn.M
     for path, module in reversed(list(model.named_modules())):
         try:
             options = _options(module, parts)
+            if _ours(module):
+                report.notes += [_OWN] if _OWN not in report.notes else []
+                options = options if target is not None and is_linear(module) else []
             if options:
                 kind, what = _first_that_computes_the_same(module, options, target, known)
                 plans[module], parts[module] = (kind, what), what
@@ -199,12 +204,16 @@ def _plans(model: nn.Module, target: Target | None, report: Report) -> dict[nn.M
     return plans
 
 
+def _ours(module: nn.Module) -> bool:
+    return plain_class(module).__module__.startswith(("maetok_fast.layers", "maetok_fast.models"))
+
+
 def _options(module: nn.Module, parts: dict[nn.Module, Any]) -> list[tuple[type[Fast], Any]]:
     """What a module may be; none for those that look like nothing known. Unfit where it looks so and is not."""
-    if isinstance(module, torch.jit.ScriptModule):
-        return []
     if is_linear(module):
         return [(FastLinear, None)]
+    if isinstance(module, torch.jit.ScriptModule) or _ours(module):
+        return []
     if isinstance(module, nn.Linear):
         raise Unfit("it is a kind of nn.Linear of its own")
     if is_rotary(module):
