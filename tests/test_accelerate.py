@@ -67,7 +67,7 @@ class Spy:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, model: nn.Module) -> None:
         self.calls: list[str] = []
-        for kind in {type(m).original for m in model.modules() if isinstance(m, Fast)} - {nn.Linear}:
+        for kind in {type(m).fast_original for m in model.modules() if isinstance(m, Fast)} - {nn.Linear}:
             if kind.__name__ == "Rotary":
                 continue
             own = kind.forward
@@ -117,7 +117,7 @@ def test_packed_for_inference(model: Any, dtype: torch.dtype, monkeypatch: pytes
     got = model(*inputs)
     assert spy.calls == []
     assert not got.requires_grad
-    assert all("_packed" in vars(b) for b in model.blocks)
+    assert all("_fast_packed" in vars(b) for b in model.blocks)
     assert_rule(got, plain, exact)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before.state_dict()[name])

@@ -55,7 +55,7 @@ def test_every_block_is_swapped(name: str, monkeypatch: pytest.MonkeyPatch) -> N
         packed = for_inference and _native.why_missing() is None
         kinds = [kind for _, kind in report.swapped.values()]
         assert kinds.count("PackedBlock" if packed else "FastBlock") == 2
-        for kind in {type(m).original for m in model.modules() if isinstance(m, Fast)} - {nn.Linear}:
+        for kind in {type(m).fast_original for m in model.modules() if isinstance(m, Fast)} - {nn.Linear}:
             monkeypatch.setattr(kind, "forward", lambda *a, **k: pytest.fail("the original's forward ran"))
         got = model(x)
         monkeypatch.undo()

@@ -65,7 +65,7 @@ def _compare(own: nn.Module, kind: type[Fast], what: Any, target: Target | None,
     calls = list(_calls(own, what))
     wanted = [own(*args, **kwargs) for args, kwargs in calls]
     become(own, kind, what)
-    own.__dict__["_target"] = target
+    own.__dict__["_fast_target"] = target
     for (args, kwargs), want in zip(calls, wanted):
         got = own(*args, **kwargs)
         got, want = (r[0] if isinstance(r, tuple) else r for r in (got, want))

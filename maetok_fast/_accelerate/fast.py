@@ -12,7 +12,7 @@
     FastBlock       norms with modulation, residuals and the norm behind them in one pass
     FastRotary      LightningDiT's rotation, whose table FastAttention takes instead of calling it
 
-The weights for inference that packed.py adds lie beside, in `_packed`, which copies and pickles leave out.
+The weights for inference that packed.py adds lie beside, in `_fast_packed`, which copies and pickles leave out.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ __all__ = [
 class Fast:
     """What the fast classes have before the original in their order of bases."""
 
-    original: ClassVar[type[nn.Module]]
-    kind: ClassVar[type[Fast]]
-    _reading: Any
+    fast_original: ClassVar[type[nn.Module]]
+    fast_kind: ClassVar[type[Fast]]
+    _fast_reading: Any
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         found: Any = super().__reduce_ex__(max(2, protocol))
         _, args, state, *rest = found
-        state = {k: v for k, v in state.items() if k != "_packed"}
-        return (_remake, (self.kind, self.original, *args[1:]), state, *rest)
+        state = {k: v for k, v in state.items() if k != "_fast_packed"}
+        return (_remake, (self.fast_kind, self.fast_original, *args[1:]), state, *rest)
 
 
 _classes: dict[tuple[Any, Any], Any] = {}
@@ -61,7 +61,7 @@ _classes: dict[tuple[Any, Any], Any] = {}
 def _class(kind: type[Fast], original: type[nn.Module]) -> Any:
     """The class that is both; one for each pair."""
     if (kind, original) not in _classes:
-        body = {"original": original, "kind": kind, "__module__": kind.__module__, "__doc__": kind.__doc__}
+        body = {"fast_original": original, "fast_kind": kind, "__module__": kind.__module__, "__doc__": kind.__doc__}
         _classes[kind, original] = type(f"{kind.__name__}Of{original.__name__}", (kind, original), body)
     return _classes[kind, original]
 
@@ -74,17 +74,17 @@ def _remake(kind: type[Fast], original: type[nn.Module], *args: Any) -> Any:
 def become(module: nn.Module, kind: type[Fast], what: Any) -> None:
     """Exchanges the class; `what` is the reading that the kind wants."""
     module.__class__ = _class(kind, type(module))
-    module.__dict__["_reading"] = what
+    module.__dict__["_fast_reading"] = what
 
 
 def unbecome(module: Any) -> None:
     """The class that it had. TypeError where another one was laid over it since (`fully_shard`)."""
-    if type(module) is not _class(module.kind, module.original):
+    if type(module) is not _class(module.fast_kind, module.fast_original):
         raise TypeError(
             f"restore: {type(module).__name__} was made of an accelerated module since; restore before that is done"
         )
-    module.__class__ = module.original
-    for name in ("_reading", "_packed", "_target"):
+    module.__class__ = module.fast_original
+    for name in ("_fast_reading", "_fast_packed", "_fast_target"):
         module.__dict__.pop(name, None)
 
 
@@ -136,10 +136,10 @@ class FastRotary(Fast):
 class FastMlp(Fast):
     """An MLP of any naming; reading.Mlp."""
 
-    _reading: reading.Mlp
+    _fast_reading: reading.Mlp
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        part: reading.Mlp = self._reading
+        part: reading.Mlp = self._fast_reading
         given = part.call.bind(args, kwargs)
         x = None if given is None else given[part.call.names[0]]
         if (
@@ -233,10 +233,10 @@ def qkv_bias(module: Any, part: reading.Attention) -> Tensor | None:
 class FastAttention(Fast):
     """Attention of timm's kinds and their relatives; reading.Attention."""
 
-    _reading: reading.Attention
+    _fast_reading: reading.Attention
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        part: reading.Attention = self._reading
+        part: reading.Attention = self._fast_reading
         given = part.call.bind(args, kwargs)
         x = None if given is None else given[part.call.names[0]]
         if (
@@ -268,10 +268,10 @@ def _qkv(module: Any, part: reading.Attention, x: Tensor) -> Tensor:
 class FastMultihead(Fast):
     """nn.MultiheadAttention as self-attention without weights or masks; what else it is asked, the original does."""
 
-    _reading: reading.Attention
+    _fast_reading: reading.Attention
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        part: reading.Attention = self._reading
+        part: reading.Attention = self._fast_reading
         given = part.call.bind(args, kwargs)
         if given is None or not alone(self, given):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
@@ -303,10 +303,10 @@ def vector(module: nn.Module, path: str | None) -> Tensor | None:
 class FastBlock(Fast):
     """A pre-norm transformer block; reading.Block."""
 
-    _reading: reading.Block
+    _fast_reading: reading.Block
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        part: reading.Block = self._reading
+        part: reading.Block = self._fast_reading
         given = part.call.bind(args, kwargs)
         passed = None if given is None else handed_on(self, part, given)
         if given is None or passed is None or leaves_to_original(self, part.apart):
@@ -325,7 +325,7 @@ class FastBlock(Fast):
         return x + branch if gate2 is None else gate_residual(x, gate2, branch)
 
     def _attend(self: Any, y: Tensor, passed: dict[str, Any]) -> Tensor:
-        attn = self._modules[self._reading.attn]
+        attn = self._modules[self._fast_reading.attn]
         if isinstance(attn, nn.MultiheadAttention):
             return attn(y, y, y, need_weights=False)[0]
         return attn(y, **passed)

@@ -32,7 +32,7 @@ Products = dict[str, PackedLinear]
 
 def _ready(module: Any, x: Any) -> bool:
     """Whether packed weights may compute this call."""
-    target: Target | None = module.__dict__.get("_target")
+    target: Target | None = module.__dict__.get("_fast_target")
     if target is None or torch.compiler.is_compiling() or module.training or not isinstance(x, Tensor):
         return False
     if x.dtype != target.dtype or x.device.type != "cpu" or autocasts("cpu") or transformed((x,)):
@@ -48,9 +48,9 @@ def _products(module: Any, make: Callable[[Target], Products], act: str = "") ->
     """The packed weights, of the parameters as they are now; act: what `make` puts behind them, where it may change."""
     tensors = [t for own in (module.parameters(), module.buffers()) for t in own]
     now = (act, *((t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors))
-    found = module.__dict__.get("_packed")
+    found = module.__dict__.get("_fast_packed")
     if found is None or found[0] != now:
-        found = module.__dict__["_packed"] = (now, make(module._target))
+        found = module.__dict__["_fast_packed"] = (now, make(module._fast_target))
     return found[1]
 
 
@@ -105,7 +105,7 @@ class PackedMlp(FastMlp):
     """An MLP as two products."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        part: reading.Mlp = self._reading
+        part: reading.Mlp = self._fast_reading
         x: Any = args[0] if args else None
         if len(args) != 1 or kwargs or not _ready(self, x) or (part.inner is not None and x.ndim != 3):
             return super().forward(*args, **kwargs)
@@ -114,9 +114,9 @@ class PackedMlp(FastMlp):
         return made["last"](h if part.inner is None else _late(self, part.inner, h))
 
     def _pack(self: Any, target: Target) -> Products:
-        last = self._modules[self._reading.last]
+        last = self._modules[self._fast_reading.last]
         return {
-            "first": _pack_first(self, self._reading, target, ""),
+            "first": _pack_first(self, self._fast_reading, target, ""),
             "last": packed(last.weight, last.bias, target),
         }
 
@@ -125,7 +125,7 @@ class PackedAttention(FastAttention):
     """Attention as two products and one attention between them."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        part: reading.Attention = self._reading
+        part: reading.Attention = self._fast_reading
         given = part.call.bind(args, kwargs)
         turned = _turned(self, part, given) if given is not None and _ready(self, args[0] if args else None) else None
         if turned is None:
@@ -134,9 +134,9 @@ class PackedAttention(FastAttention):
         return made["proj"](_attended(self, part, made["qkv"](args[0]), turned))
 
     def _pack(self: Any, target: Target) -> Products:
-        proj = self._modules[self._reading.proj]
+        proj = self._modules[self._fast_reading.proj]
         return {
-            "qkv": _pack_qkv(self, self._reading, target, ""),
+            "qkv": _pack_qkv(self, self._fast_reading, target, ""),
             "proj": packed(proj.weight, proj.bias, target),
         }
 
@@ -147,7 +147,7 @@ class PackedMultihead(FastMultihead):
     _pack = PackedAttention._pack
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        part: reading.Attention = self._reading
+        part: reading.Attention = self._fast_reading
         given = part.call.bind(args, kwargs)
         if given is None or not _ready(self, given["query"]) or not fast.alone(self, given):
             return super().forward(*args, **kwargs)
@@ -174,7 +174,7 @@ class PackedBlock(FastBlock):
     """A block as four products and one attention; a branch that was not recognised is called between them."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        part: reading.Block = self._reading
+        part: reading.Block = self._fast_reading
         given = part.call.bind(args, kwargs)
         x: Any = None if given is None else given[part.call.names[0]]
         passed = fast.handed_on(self, part, given) if given is not None and _ready(self, x) else None
@@ -204,19 +204,19 @@ class PackedBlock(FastBlock):
         return x.transpose(0, 1) if flip else x
 
     def _sequence_first(self: Any) -> bool:
-        part: reading.Block = self._reading
+        part: reading.Block = self._fast_reading
         attn = self._modules[part.attn]
         return part.attention is not None and isinstance(attn, nn.MultiheadAttention) and not attn.batch_first
 
     def _rotation(self: Any, x: Tensor, passed: dict[str, Any]) -> tuple[Tensor | None, int] | None:
-        part: reading.Block = self._reading
+        part: reading.Block = self._fast_reading
         if part.attention is None or part.attention.layout == "in_proj":
             return None, 0
         given = part.attention.call.bind((x,), passed)
         return None if given is None else _turned(self._modules[part.attn], part.attention, given)
 
     def _pack(self: Any, target: Target) -> Products:
-        part: reading.Block = self._reading
+        part: reading.Block = self._fast_reading
         made: Products = {}
         if part.attention is not None:
             attn = self._modules[part.attn]

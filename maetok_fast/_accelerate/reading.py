@@ -57,7 +57,7 @@ class Unfit(Exception):
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
     """The module's class, or what it was before it was swapped."""
-    found: type[nn.Module] = getattr(type(module), "original", type(module))
+    found: type[nn.Module] = getattr(type(module), "fast_original", type(module))
     return found
 
 

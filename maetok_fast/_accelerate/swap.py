@@ -115,7 +115,7 @@ def accelerate(
         small = isinstance(module, nn.Linear) and min(module.weight.shape) < PACK_WIDTH
         if target is not None and kind in PACKED and module not in covered and not small:
             kind = PACKED[kind]
-            module.__dict__["_target"] = target
+            module.__dict__["_fast_target"] = target
             covered.update(_packed_below(module, kind, what))
         report.swapped[path] = (type(module).__name__, kind.__name__)
         become(module, kind, what)
