@@ -79,10 +79,14 @@ class Spy:
             monkeypatch.setattr(kind, "forward", forward)
 
 
-def test_every_block_is_recognised_and_computes_the_same(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Values and gradients, fp32; every block, attention and MLP by its fast form and none by the original's."""
-    inputs = model.inputs()
-    exact_model, plain_model = in_(model, torch.float64), in_(model, torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_block_is_recognised_and_computes_the_same(
+    model: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values and gradients; every block, attention and MLP by its fast form and none by the original's."""
+    model = model.to(dtype)
+    inputs = cast(model.inputs(), dtype)
+    exact_model, plain_model = in_(model, torch.float64), in_(model, dtype)
     report = maetok_fast.accelerate(model, quiet=True)
     assert not report.kept, report
     kinds = [kind for _, kind in report.swapped.values()]
@@ -90,10 +94,10 @@ def test_every_block_is_recognised_and_computes_the_same(model: Any, monkeypatch
     assert kinds.count("FastAttention") + kinds.count("FastMultihead") == 2
     spy = Spy(monkeypatch, model)
     results = {}
-    for name, m, dtype in (
-        ("got", model, torch.float32), ("plain", plain_model, torch.float32), ("exact", exact_model, torch.float64)
+    for name, m, of in (
+        ("got", model, dtype), ("plain", plain_model, dtype), ("exact", exact_model, torch.float64)
     ):  # fmt: skip
-        given = [x.requires_grad_() for x in cast(inputs, dtype)]
+        given = [x.clone().requires_grad_() for x in cast(inputs, of)]
         y = m(*given)
         if name == "got":
             assert spy.calls == []
