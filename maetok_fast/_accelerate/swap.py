@@ -59,7 +59,10 @@ class Report:
 
     def __str__(self) -> str:
         lines = ["accelerate: nothing was swapped" if not self.swapped else "accelerate: swapped"]
-        lines += _grouped(self.swapped, "{0} -> {1}")
+        packed = tuple(f"{path}." for path, (_, kind) in self.swapped.items() if kind.startswith("Packed"))
+        # what lies in a packed module is called by it only where packed weights are not for the call
+        told = {path: row for path, row in self.swapped.items() if row[1][:4] != "Fast" or not path.startswith(packed)}
+        lines += _grouped(told, "{0} -> {1}")
         if self.kept:
             lines += ["left alone", *_grouped(self.kept, "{0}: {1}")]
         if self.others:
