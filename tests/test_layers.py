@@ -257,6 +257,7 @@ def group() -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
 def test_ddp_and_fsdp2(case: Any, group: None) -> None:
     from torch.distributed.fsdp import fully_shard
 
