@@ -28,6 +28,7 @@ from maetok_fast._accelerate.fast import (
 )
 from maetok_fast._accelerate.packed import PACKED
 from maetok_fast._accelerate.reading import (
+    Block,
     Unfit,
     is_linear,
     plain_class,
@@ -92,7 +93,8 @@ def accelerate(
 
     for_inference: eval mode, no gradients (`restore` brings back both), and on a CPU weights packed beside the
         originals at the first call, in twice the memory: in the dtype of the parameters, which inputs must have too.
-        Calls under autocast or torch.compile, or of inputs that require gradients, do without.
+        Calls under autocast or torch.compile, or of inputs that require gradients, do without. A parameter that was
+        written to, exchanged, moved or cast is packed again (not one written to through `.data`, which nothing tells).
     weights: on a CPU, in which dtype packed weights are kept: torch.bfloat16 under fp32, or torch.int8, which rounds
         inputs too, as `maetok_fast.inference.prepare` says.
     quiet: prints nothing. Returns the report that is printed otherwise.
@@ -119,7 +121,7 @@ def accelerate(
         if target is not None and kind in PACKED and module not in covered and not small:
             kind = PACKED[kind]
             module.__dict__["_fast_target"] = target
-            covered.update(_packed_below(module, kind, what))
+            covered.update(_packed_below(module, what))
         report.swapped[path] = (type(module).__name__, kind.__name__)
         become(module, kind, what)
     report.swapped = dict(sorted(report.swapped.items(), key=lambda row: row[1][1] == "FastLinear"))
@@ -149,15 +151,12 @@ def _named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return list(model.named_parameters())
 
 
-def _packed_below(module: nn.Module, kind: type[Fast], what: Any) -> list[nn.Module]:
-    """The modules whose weights the packed form of `module` holds."""
-    if not isinstance(what, tuple) and hasattr(what, "attention"):
-        found = []
-        for name, part in ((what.attn, what.attention), (what.mlp, what.feed)):
-            if part is not None:
-                found += list(module._modules[name].modules())  # type: ignore[union-attr]
-        return found
-    return list(module.modules())
+def _packed_below(module: nn.Module, what: Any) -> list[nn.Module]:
+    """The modules whose weights the packed form of `module` holds: of a block its branches, as far as recognised."""
+    if not isinstance(what, Block):
+        return list(module.modules())
+    names = [name for name, part in ((what.attn, what.attention), (what.mlp, what.feed)) if part is not None]
+    return [m for name in names for m in module.get_submodule(name).modules()]
 
 
 def _target(model: nn.Module, weights: torch.dtype | None, report: Report) -> Target | None:
