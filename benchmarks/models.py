@@ -5,6 +5,7 @@
     python benchmarks/models.py tokenizer --batch 4     MAETok-B: encode, decode
     python benchmarks/models.py train --batch 4 16      SiT-XL/1 and MAETok-B: forward and backward of a training step
     python benchmarks/models.py linear                  packed linear layers at both models' shapes
+    python benchmarks/models.py accelerate --batch 8    others' models, accelerated: timm's ViT-B/16, DiT blocks
 
 Every peer computes the same outputs from the same weights; medians, the peers in turn, the ceilings among them: large
 products, and on a CPU the peak, multiply-adds of registers alone (csrc/cpu/peak.cpp). Under a table on a CPU stands
@@ -16,6 +17,7 @@ Tables come in the order asked for, each within its share of --budget: what does
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import sys
@@ -66,7 +68,7 @@ LINEAR_SHAPES = {
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = _cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("what", choices=["sit", "tokenizer", "train", "linear"])
+    add("what", choices=["sit", "tokenizer", "train", "linear", "accelerate"])
     add("--batch", type=_cli.count, nargs="+", default=[4])
     add("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="default: the fastest at full rate here")
     add("--device", default="cpu")
@@ -93,8 +95,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     machine = describe(device) | {"copy_gb_s": copy_bandwidth(device)}
     print(f"{headline(machine)}; copy {machine['copy_gb_s']:.1f} GB/s; {args.dtype}")
     speed = calibrate(device, (args.dtype,))
-    made = {"sit": sit, "tokenizer": tokenizer, "train": train, "linear": linear}[args.what](args, device)
-    tables = {"sit": len(args.batch), "tokenizer": 3 * len(args.batch), "train": 2 * len(args.batch)}
+    suites = {"sit": sit, "tokenizer": tokenizer, "train": train, "linear": linear, "accelerate": accelerated}
+    made = suites[args.what](args, device)
+    tables = {"sit": len(args.batch), "tokenizer": 3 * len(args.batch)}
+    tables |= dict.fromkeys(("train", "accelerate"), 2 * len(args.batch))
     count = tables.get(args.what, 5 + 12 * len(args.batch))
     rows: list[Row] = []
     with torch.set_grad_enabled(args.what == "train"):
@@ -189,8 +193,14 @@ def peak(dtype: str, seconds: float) -> tuple[Callable[[], Any], float]:
 
 
 def compiled(fn: Callable[..., Any], freezing: bool) -> Callable[..., Any]:
-    """torch.compile of fn; with `freezing` (on while it compiles) Inductor packs the weights as constants."""
-    made = torch.compile(fn, dynamic=False)
+    """torch.compile of fn; with `freezing` (on while it compiles) Inductor packs the weights as constants.
+
+    By a backend of its own: Inductor's configuration is no guard, and what was compiled of fn without freezing would be
+    found and run (findings/torch_compile_config_is_no_guard.sh)."""
+    from torch._inductor.compile_fx import compile_fx
+
+    backend: Any = (lambda graph, inputs: compile_fx(graph, inputs)) if freezing else "inductor"
+    made = torch.compile(fn, dynamic=False, backend=backend)
 
     def call(*inputs: Any) -> Any:
         with torch._inductor.config.patch(freezing=freezing):
@@ -357,6 +367,51 @@ def training_step(forward: Callable[..., Tensor], model: nn.Module, inputs: tupl
     with precision.autocast(inputs[0].device.type):
         forward(*inputs).square().mean().backward()
     model.zero_grad(set_to_none=True)
+
+
+def accelerated(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, float, Cases]]:
+    """timm's ViT-B/16 at 224 px (where timm is installed) and SiT-XL's blocks in plain PyTorch, one line applied."""
+    from maetok_fast import accelerate
+
+    dtype, tokens, dim = DTYPES[args.dtype], 197, 768
+    models: dict[str, tuple[nn.Module, Callable[[int], tuple[Any, ...]], float]] = {}
+    try:
+        import timm
+    except ImportError:
+        print("Left out: ViT-B/16, timm is not installed.")
+    else:
+        vit = timm.create_model("vit_base_patch16_224", depth=args.depth or 12)
+        macs = (args.depth or 12) * (tokens * 12 * dim**2 + 2 * tokens**2 * dim) + (tokens - 1) * dim * 3 * 16**2
+        models["timm ViT-B/16, 224 px"] = (
+            vit,
+            lambda n: (torch.randn(n, 3, 224, 224, device=device, dtype=dtype),),
+            macs,
+        )
+    tokens, dim, depth = 128, 1152, args.depth or 6
+    macs = depth * (tokens * 12 * dim**2 + 2 * tokens**2 * dim + 6 * dim**2)
+    labels = [torch.randint(0, 1000, (n,), device=device) for n in args.batch]
+
+    def of_dit(n: int) -> tuple[Any, ...]:
+        y = labels[args.batch.index(n)]
+        return torch.randn(n, tokens, 32, device=device, dtype=dtype), torch.full((n,), 0.5, device=device), y
+
+    models[f"{depth} DiT blocks, 1152 wide, 128 tokens"] = (
+        PlainSiT((tokens, 32), depth=depth, attention="sdpa"),
+        of_dit,
+        macs,
+    )
+    for name, (model, inputs, macs) in models.items():
+        plain = randomised(model).to(device, dtype)
+        module, packed = copy.deepcopy(plain), copy.deepcopy(plain)
+        accelerate(module, quiet=True)
+        print(accelerate(packed, for_inference=True, quiet=True))
+        for batch in args.batch:
+            given = inputs(batch)
+            check_same(name, packed(*given), plain(*given))
+            cases = peers(plain, given, not args.no_compile)
+            cases["ours, accelerate(model)"] = partial(module, *given)
+            cases["ours, prepared: for_inference=True"] = partial(packed, *given)
+            yield f"{name}, batch {batch}, {args.dtype}", batch * macs / 1e9, cases
 
 
 def linear(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, float, Cases]]:

@@ -4,6 +4,8 @@
 Arrows point down only; importing this package loads nothing, every part is loaded when it is first named:
 
     cli -> pipeline -> inference, diffusion, data -> models -> layers -> kernels -> csrc
+
+`accelerate(model)` makes a timm ViT, a DiT or a tokenizer of others fast, in place; `restore(model)` undoes it.
 """
 
 from __future__ import annotations
@@ -13,12 +15,16 @@ from typing import Any
 
 _PARTS = ("data", "diffusion", "inference", "kernels", "layers", "models", "pipeline", "precision")
 
-__all__ = ["__version__", *_PARTS]
+_FUNCTIONS = ("accelerate", "restore")  # of maetok_fast._accelerate
+
+__all__ = ["__version__", *_FUNCTIONS, *_PARTS]
 
 
 def __getattr__(name: str) -> Any:
     if name in _PARTS:
         return importlib.import_module(f"{__name__}.{name}")
+    if name in _FUNCTIONS:
+        return getattr(importlib.import_module(f"{__name__}._accelerate"), name)
     if name == "__version__":
         from importlib.metadata import PackageNotFoundError, version
 

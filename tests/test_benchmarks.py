@@ -716,3 +716,37 @@ def test_a_tiny_whole_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     said = capsys.readouterr().out
     assert "guidance work" in said
     assert "every step run" in said
+
+
+# ---- models.py
+
+
+def test_the_frozen_peer_is_compiled_frozen():
+    """Not what was compiled of the same function without freezing."""
+    from torch._dynamo.utils import counters
+
+    model, x = torch.nn.Linear(16, 16).eval(), torch.randn(4, 16)
+    torch._dynamo.reset()
+    counters.clear()
+    with torch.no_grad():
+        for freezing in (False, True):
+            fast = models.compiled(model, freezing)
+            torch.testing.assert_close(fast(x), model(x))
+            assert counters["stats"]["unique_graphs"] == 1 + freezing
+            fast(x)
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+def test_accelerated_models_are_a_table_each(tmp_path, capsys, monkeypatch):
+    """Those whose libraries are installed; the others are named."""
+    monkeypatch.setitem(sys.modules, "timm", None)
+    out = tmp_path / "rows.json"
+    options = ["accelerate", "--depth", "1", "--batch", "1", "--no-compile", "--rounds", "1", "--dtype", "fp32"]
+    models.main([*options, "--budget", "120", "--json", str(out)])
+    rows = json.loads(out.read_text())["rows"]
+    assert {row["table"] for row in rows} == {"1 DiT blocks, 1152 wide, 128 tokens, batch 1, fp32"}
+    said = capsys.readouterr().out
+    assert "timm is not installed" in said
+    cases = {row["case"] for row in rows}
+    assert {models.PLAIN, "ours, accelerate(model)", "ours, prepared: for_inference=True"} <= cases
+    assert "Block -> " in said

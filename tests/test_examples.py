@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -59,3 +61,26 @@ def test_labels_to_a_png(tmp_path: Path) -> None:
         assert image.size == (3 * 64, 64)
         pixels = np.asarray(image)
     assert len({pixels[:, i : i + 64].tobytes() for i in (0, 64, 128)}) == 3
+
+
+def test_a_vit_is_accelerated() -> None:
+    """Where timm is installed: swapped, the same features, a line with both times; else a sentence."""
+    script = "examples/accelerate_a_vit.py"
+    assert len((ROOT / script).read_text().splitlines()) < 60
+    said = run(script, "vit_tiny_patch16_224", "1", OMP_NUM_THREADS="1")
+    if importlib.util.find_spec("timm") is None:
+        assert said == "timm is not installed: pip install timm\n"
+        return
+    assert "12 x Block -> " in said
+    assert re.search(r"vit_tiny_patch16_224, 1 images: before \d+ ms, after \d+ ms, \d+\.\d\d x", said)
+    error = re.search(r"features differ by (\S+) of their size", said)
+    assert error is not None
+    assert float(error[1]) < 1e-5
+
+
+def test_masks_and_hog_in_a_tokenizer_of_ones_own() -> None:
+    script = "examples/mask_and_hog.py"
+    assert len((ROOT / script).read_text().splitlines()) < 60
+    found = re.fullmatch(r"40 steps, 40 averages: loss (\S+) -> (\S+)\n", run(script, OMP_NUM_THREADS="1"))
+    assert found is not None
+    assert float(found[2]) < 0.8 * float(found[1])

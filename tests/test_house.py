@@ -37,7 +37,7 @@ FLOORS = {
         ("_optional", "checks", "config", "layers", "positions", "precision"),
         ("models",),
         ("data", "diffusion", "inference"),
-        ("accelerate", "bench", "doctor", "evaluation", "pipeline", "training"),
+        ("_accelerate", "bench", "doctor", "evaluation", "pipeline", "training"),
         ("cli",),
     ),
     "maetok_fast.kernels": (

@@ -22,8 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from maetok_fast.diffusion import sample
 from maetok_fast.inference import prepare
+from maetok_fast.inference.packing import PACK_WIDTH
 from maetok_fast.inference.plan import PLAN_ROWS
-from maetok_fast.inference.rebuild import PACK_WIDTH
 from maetok_fast.kernels import _gemm, _native
 from maetok_fast.kernels.packed_linear import PackedLinear
 from maetok_fast.models import LightningDiT, LightningDiTConfig, MAETok, MAETokConfig, SiT, SiTConfig, ViTSize

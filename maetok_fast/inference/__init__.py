@@ -6,6 +6,7 @@ SiT, LightningDiT ──┐            ┌── PreparedGenerator   (x, t, y) -
 MAETok ─────────────┘            └── PreparedTokenizer   encode, decode
 
 prepared.py   what the caller holds      plan.py   a sampling run's modulations      rebuild.py   the walk, the rules
+packing.py    how one weight is packed, for `maetok_fast.accelerate` too
 """
 
 from maetok_fast.inference.plan import Plan

@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from maetok_fast.checks import check_label_range, check_tensor
+from maetok_fast.inference.packing import Target
 from maetok_fast.inference.plan import Plan
-from maetok_fast.inference.rebuild import Target, rebuild
+from maetok_fast.inference.rebuild import rebuild
 from maetok_fast.kernels import _native, _tune
 from maetok_fast.kernels._gemm import why_not_packed
 from maetok_fast.kernels.packed_linear import PackedLinear

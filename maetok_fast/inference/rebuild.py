@@ -18,41 +18,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from maetok_fast.kernels.packed_linear import Normed, PackedLinear, candidates
+from maetok_fast.inference.packing import PACK_WIDTH, Target, packed, scaled
+from maetok_fast.kernels.packed_linear import Normed, PackedLinear
 from maetok_fast.layers import GatedResidual, LayerNorm, Mlp, Modulation, Residual, RMSNorm, SwiGLU, TimestepEmbedder
 from maetok_fast.models.lightningdit import LightningDiTBlock
 from maetok_fast.models.sit import DiffusionTransformer, SiTBlock
 from maetok_fast.models.tokenizer import Decoder, Encoder
 from maetok_fast.models.vit import Block
 
-__all__ = ["Target", "rebuild"]
-
-# Layers narrower than this gain nothing from packing (quant_conv, the latents' modulations) and stay nn.Linear.
-PACK_WIDTH = 64
-
-
-@dataclass(frozen=True)
-class Target:
-    """dtype: of activations and arithmetic. weights: in which packed weights are kept. own_products: every Linear,
-    narrow ones too, by the native GEMM, whose rows depend on no other row."""
-
-    dtype: torch.dtype
-    weights: torch.dtype
-    own_products: bool = False
-
-    def backend(self) -> str | None:
-        """Of packed layers; None: the fastest."""
-        if not self.own_products:
-            return None
-        return next(c for c in candidates(self.dtype, self.weights, torch.device("cpu")) if c.startswith("native"))
-
+__all__ = ["rebuild"]
 
 N = TypeVar("N", bound=nn.Module)
 _Rule = Callable[[Any, Target], Any]
@@ -95,8 +75,7 @@ def _plain(module: nn.Module, target: Target) -> Any:
 def _packed(
     linear: nn.Linear, target: Target, activation: str = "none", *, gated: bool = False, use: str = ""
 ) -> PackedLinear:
-    kept: dict[str, Any] = {"dtype": target.dtype, "weights": target.weights, "backend": target.backend()}
-    return PackedLinear.of(linear, activation, gated=gated, use=use, **kept)
+    return packed(linear.weight, linear.bias, target, activation, gated=gated, use=use)
 
 
 def _linear(module: nn.Linear, target: Target) -> Any:
@@ -160,7 +139,7 @@ class _LinearResidual(nn.Module):
 
     def __init__(self, linear: nn.Linear, gamma: Tensor | None, target: Target) -> None:
         super().__init__()
-        self.linear = _scaled(linear, gamma, target)
+        self.linear = scaled(linear.weight, linear.bias, gamma, target)
 
     def forward(self, x: Tensor, branch: Tensor) -> Tensor:
         return self.linear(branch, add=x)
@@ -176,19 +155,6 @@ class _LinearResidual(nn.Module):
     ) -> tuple[Tensor, Normed]:
         x = self(x, branch)
         return x, norm(x, shift, scale, offset)
-
-
-def _scaled(linear: nn.Linear, gamma: Tensor | None, target: Target) -> PackedLinear:
-    """gamma * linear(x) as one layer; the product is rounded once."""
-    if gamma is None:
-        return _packed(linear, target, use="joined")
-    wide = torch.promote_types(torch.float32, linear.weight.dtype)
-    gamma = gamma.to(wide)
-    bias = None if linear.bias is None else linear.bias.to(wide) * gamma
-    weight = linear.weight.to(wide) * gamma[:, None]
-    return PackedLinear(
-        weight, bias, dtype=target.dtype, weights=target.weights, backend=target.backend(), use="joined"
-    )
 
 
 class _SplitModulation(nn.Module):

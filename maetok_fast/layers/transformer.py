@@ -49,11 +49,13 @@ __all__ = [
     "SwiGLU",
     "TimestepEmbedder",
     "drop_path",
+    "linear_act",
+    "read_dtype",
     "unpatchify",
 ]
 
 
-def _read_dtype(x: Tensor) -> str:
+def read_dtype(x: Tensor) -> str:
     """The dtype in which a linear reads what a norm writes, by name: under autocast its dtype (the norm then writes it,
     once), else "", the norm's own."""
     device = x.device.type
@@ -82,7 +84,7 @@ class _Norm(nn.Module):
     def forward(
         self, x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None, offset: float = 1.0
     ) -> Tensor:
-        return adaln(x, shift, scale, self.weight, self.bias, self.eps, offset, _read_dtype(x), self.kind)
+        return adaln(x, shift, scale, self.weight, self.bias, self.eps, offset, read_dtype(x), self.kind)
 
     def after(
         self,
@@ -94,7 +96,7 @@ class _Norm(nn.Module):
         offset: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
         return residual_adaln(
-            x, branch, gate, shift, scale, self.weight, self.bias, self.eps, offset, _read_dtype(x), self.kind
+            x, branch, gate, shift, scale, self.weight, self.bias, self.eps, offset, read_dtype(x), self.kind
         )
 
 
@@ -123,17 +125,23 @@ class RMSNorm(_Norm):
         self.weight = nn.Parameter(torch.ones(dim))
 
 
+def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: str = "none") -> Tensor:
+    """act(x weight^T + bias) by the `linear` op where that trains faster (`kernels.pays`), else by torch and an op for
+    the GELU. x (..., in), weight (out, in), bias (out,); act: "none", "gelu" (erf), "gelu_tanh" or "silu"."""
+    if pays(x, weight, act):
+        return linear(x, weight, bias, act)
+    y = F.linear(x, weight, bias)
+    if act.startswith("gelu"):
+        return bias_gelu(y, None, "tanh" if act == "gelu_tanh" else "none")
+    return y if act == "none" else F.silu(y)
+
+
 class Linear(nn.Linear):
     """`nn.Linear` whose training step on a CPU is the `linear` op's where that is faster (`kernels.pays`), with the
     activation behind it in the same product: "none", "gelu" (erf), "gelu_tanh" or "silu"."""
 
     def forward(self, x: Tensor, act: str = "none") -> Tensor:
-        if pays(x, self.weight, act):
-            return linear(x, self.weight, self.bias, act)
-        y = F.linear(x, self.weight, self.bias)
-        if act.startswith("gelu"):
-            return bias_gelu(y, None, "tanh" if act == "gelu_tanh" else "none")
-        return y if act == "none" else F.silu(y)
+        return linear_act(x, self.weight, self.bias, act)
 
 
 class Attention(nn.Module):
@@ -174,11 +182,13 @@ class Attention(nn.Module):
         first_query: int = 0,
         num_queries: int | None = None,
         repeated: int | None = None,
+        index: Tensor | None = None,
     ) -> Tensor:
         """x (B, N, D) -> (B, Nq, D) for the queries first_query .. first_query + num_queries - 1 (all by default).
 
         rope: `rope_table`'s (2, heads or 1, M, head_dim / 2); the tokens prefix .. prefix + M - 1 are rotated.
         repeated: x holds token `prefix` once that stands for so many equal ones; N, queries and rope count them all.
+        index (B, M) int64: the row of rope that turns each of those tokens; None: its own.
         """
         qkv = self.qkv(x)
         if repeated is not None:
@@ -198,6 +208,7 @@ class Attention(nn.Module):
             eps=self.eps,
             first_query=first_query,
             num_queries=num_queries,
+            index=index,
         )
         return self.proj(out)
 
