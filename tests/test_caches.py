@@ -176,6 +176,8 @@ def test_moments_that_contradict_their_layout_are_asked_about(tmp_path: Path) ->
     with pytest.raises(CacheError, match=r"values <= 0, which no standard deviation has.*--moments std or --moments l"):
         open_cache(tmp_path / "r")
     assert open_cache(tmp_path / "r", moments="logvar").kind == "mean_logvar"
+    with pytest.raises(CacheError, match="which no std has; not --moments std"):
+        open_cache(tmp_path / "r", moments="std")
     mar(tmp_path / "m", second="std")
     with pytest.raises(CacheError, match=r"only positive values in the second half .* a mar cache has logvar"):
         open_cache(tmp_path / "m")
@@ -185,6 +187,41 @@ def test_moments_that_contradict_their_layout_are_asked_about(tmp_path: Path) ->
     dc_ae(tmp_path / "d")
     with pytest.raises(CacheError, match="holds scaled latents, no moments"):
         open_cache(tmp_path / "d", moments="std")
+
+
+def test_a_deviation_that_is_none_is_found_wherever_it_is(tmp_path: Path) -> None:
+    """Not only in the items that tell std from logvar: a conversion would write its logarithm, NaN."""
+    folder = tmp_path / "r" / "vae-sd" / "00000"
+    folder.mkdir(parents=True)
+    names = [f"img-mean-std-{i:08d}.npy" for i in range(40)]
+    for i, name in enumerate(names):
+        item = moments("std", i)[0]
+        item[C, 0, 0] = 0.0 if i == 33 else 1.0
+        np.save(folder / name, item)
+    (folder.parent / "dataset.json").write_text(json.dumps({"labels": [[f"00000/{name}", 0] for name in names]}))
+    cache = open_cache(tmp_path / "r")
+    assert cache.kind == "mean_std"
+    with pytest.raises(CacheError, match="img-mean-std-00000033 holds a standard deviation that is not > 0"):
+        convert_cache(cache, tmp_path / "m", "mar", flips=False)
+    assert not (tmp_path / "m").exists()
+
+
+def test_names_of_repa_e_in_any_order_pair_with_images_in_the_sorted_one(tmp_path: Path) -> None:
+    h5py = pytest.importorskip("h5py")
+    (tmp_path / "e").mkdir()
+    data, order = moments("std"), [3, 0, 6, 1, 5, 2, 4]
+    names = [f"00000/img-mean-std-{i:08d}.npy" for i in order]
+    with h5py.File(tmp_path / "e" / "vae.h5", "w") as file:
+        for i, name in zip(order, names):
+            file.create_dataset(name, data=data[i])
+        told = json.dumps({"labels": [[name, LABELS[i]] for i, name in zip(order, names)]})
+        file.create_dataset("dataset.json", data=np.array(told.encode(), dtype="S"))  # as its extraction writes it
+    (tmp_path / "e" / "vae_h5.json").write_text(json.dumps([*names, "dataset.json"]))
+    cache = open_cache(tmp_path / "e")
+    assert cache.labels is not None
+    assert cache.labels.tolist() == LABELS
+    convert_cache(cache, tmp_path / "r", "repa")
+    assert np.array_equal(open_cache(tmp_path / "r").read(slice(None)).numpy(), data)
 
 
 # ---- converted ----------------------------------------------------------------------------------------------------
@@ -351,6 +388,13 @@ def test_links_out_of_an_h5_file_are_not_followed(tmp_path: Path) -> None:
         file["00000/img-mean-std-00000003.npy"] = h5py.ExternalLink(str(tmp_path / "elsewhere.h5"), "x")
     with pytest.raises(CacheError, match=r"00000003.npy', which vae_h5.json lists, is not in it"):
         open_cache(tmp_path / "cache")
+    with h5py.File(tmp_path / "cache" / "vae.h5", "a") as file:
+        del file["00000/img-mean-std-00000003.npy"]
+        layout = h5py.VirtualLayout((2 * C, SIDE, SIDE), "f4")
+        layout[...] = h5py.VirtualSource(str(tmp_path / "elsewhere.h5"), "x", (2 * C, SIDE, SIDE))
+        file.create_virtual_dataset("00000/img-mean-std-00000003.npy", layout)
+    with pytest.raises(CacheError, match="its values lie in other files, which are not followed"):
+        open_cache(tmp_path / "cache").read([3])
 
 
 # ---- ADM ----------------------------------------------------------------------------------------------------------

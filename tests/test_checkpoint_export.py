@@ -136,6 +136,14 @@ def test_statistics_of_diffusers(tmp_path: Path) -> None:
     rae = of({"latents_mean": mean, "latents_std": std, "_class_name": "AutoencoderRAE"}, "x")
     assert rae is not None
     assert (rae.std - torch.tensor(std)).mean().item() == pytest.approx(1e-5, rel=0.05)
+    # what its configuration has in other versions, beside a scaling factor of 1, which says nothing
+    numbers: dict[str, Any] = {"latent_mean": mean, "latent_var": [4.0, 9.0, 1.0, 0.25], "scaling_factor": 1.0}
+    other = of({**numbers, "_class_name": "AutoencoderRAE"}, "x")
+    assert other is not None
+    assert other.mean.tolist() == torch.tensor(mean).tolist()
+    torch.testing.assert_close(other.std, (torch.tensor([4.0, 9.0, 1.0, 0.25]) + 1e-5).sqrt())
+    with pytest.raises(CheckpointError, match="not known which of them count"):
+        of({**numbers, "latents_std": std}, "x")
     assert of({"_class_name": "AutoencoderTiny"}, "x") is None
     with pytest.raises(CheckpointError, match="not known which comes first"):
         of({"latents_mean": mean, "shift_factor": 0.1}, "x")
@@ -174,6 +182,9 @@ def test_the_command_goes_around(tmp_path: Path) -> None:
         done = run(str(tmp_path / source), str(tmp_path / to), "--to", to)
         assert done.exit_code == 0, done.output
         assert "LightningDiT, t = 1 data as it was" in done.output
+        found = LatentStatistics.beside(tmp_path / to)
+        assert found is not None, "what samples are denormalised with goes along"
+        assert torch.equal(found.std, torch.arange(5.0) + 1)
     same(LightningDiT.from_pretrained(tmp_path / "folder"), model)
     done = run(str(tmp_path / "a"), str(tmp_path / "e"), "--to", "repa-e")
     assert done.exit_code == 0, done.output
@@ -181,6 +192,10 @@ def test_the_command_goes_around(tmp_path: Path) -> None:
     assert found is not None
     torch.testing.assert_close(found.std, torch.arange(5.0) + 1)
     assert Stored.read(tmp_path / "e").content["ema"]["bn.running_mean"].tolist() == [0, 1, 2, 3, 4]
+    assert run(str(tmp_path / "e"), str(tmp_path / "back"), "--to", "folder").exit_code == 0
+    found = LatentStatistics.beside(tmp_path / "back")
+    assert found is not None, "out of the checkpoint's batch norm"
+    torch.testing.assert_close(found.std, torch.arange(5.0) + 1)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ def convert(
         ),
     ],
     prefer: Annotated[str, typer.Option(help="Of a training file: ema or model.")] = "ema",
-    statistics: Annotated[str, typer.Option(help="File of latent statistics for repa-e; default: beside it.")] = "",
+    statistics: Annotated[str, typer.Option(help="File of a generator's latent statistics; default: beside it.")] = "",
     moments: Annotated[str, typer.Option(help="std or logvar, where a cache contradicts its layout.")] = "",
     images: Annotated[
         Optional[int], typer.Option(min=1, help="How many a lightningdit cache really has.")  # noqa: UP045
@@ -67,6 +67,7 @@ def _checkpoint(source: str, destination: Path, to: str, prefer: str, statistics
     from maetok_fast.models import CheckpointError, MAETok, load_generator
     from maetok_fast.models.checkpoints import Stored
     from maetok_fast.models.checkpoints.export import write_checkpoint
+    from maetok_fast.models.checkpoints.locate import STATISTICS
     from maetok_fast.pipeline import LatentStatistics
 
     stored = Stored.read(source)
@@ -78,14 +79,22 @@ def _checkpoint(source: str, destination: Path, to: str, prefer: str, statistics
             model = MAETok.from_stored(stored, prefer=prefer)
         except CheckpointError as tokenizer:
             raise CheckpointError(f"{generator}\nas MAETok: {tokenizer}") from None
-    moments = None
-    if to == "repa-e" and not isinstance(model, MAETok):
+    moments = found = None
+    if not isinstance(model, MAETok):
         found = LatentStatistics.load(statistics) if statistics else LatentStatistics.beside(source, stored.content)
+    if to == "repa-e" and not isinstance(model, MAETok):
         if found is None:
             raise CheckpointError(f"{source}: repa-e's files hold the latents' statistics; give them with --statistics")
         moments = found.as_batch_norm(model.config.channels)
+    beside = destination / STATISTICS[0]
+    goes_along = found if to not in ("repa-e", "safetensors") else None  # in the file itself; a file and nothing beside
+    if goes_along is not None and beside.exists():
+        raise CheckpointError(f"{beside} is there already; give another folder")
     steps = stored.content.get("steps", 0) if isinstance(stored.content, dict) else 0
     file = write_checkpoint(model, destination, to, steps=steps if isinstance(steps, int) else 0, statistics=moments)
+    if goes_along is not None:
+        goes_along.save(destination)
     time = getattr(model.config, "time", None)
     said = {"sit": ", t = 1 data as it was", "maetok": ", t = 0 data as it was"}.get(str(time), "")
-    typer.echo(f"{type(model).__name__}{said}: {file}")
+    normalised = f", statistics of {goes_along.source}: {beside}" if goes_along is not None else ""
+    typer.echo(f"{type(model).__name__}{said}: {file}{normalised}")

@@ -7,7 +7,8 @@
     *-latents-stats.pt (REPA-E)              latents_scale, latents_bias   z = (latent - bias) * scale
     a SiT checkpoint of REPA-E               bn.running_mean, running_var  std = sqrt(var + 1e-5), a batch norm
     stat.pt (RAE)                            mean, var                     std = sqrt(var + 1e-5)
-    vae/config.json (diffusers)              latents_mean, latents_std, scaling_factor, shift_factor: `of_diffusers`
+    vae/config.json (diffusers)              latents_mean, latents_std, scaling_factor, shift_factor; RAE: latent_mean,
+                                             latent_var: `of_diffusers`
     latent_statistics.safetensors (ours)     mean, std                     any of these shapes
 
 A generator's velocity is learnt on z; decoded without undoing it a sample is noise. Hence nothing here is guessed: what
@@ -90,8 +91,10 @@ class LatentStatistics:
     @classmethod
     def of_diffusers(cls, config: Mapping[str, Any], source: str) -> LatentStatistics | None:
         """Of an autoencoder's config.json in diffusers: z = (latent - latents_mean or shift_factor) / latents_std
-        scaling_factor; None where it has none of them. RAE's divides by std + 1e-5."""
-        numbers = {k: config.get(k) for k in ("latents_mean", "latents_std", "shift_factor", "scaling_factor")}
+        scaling_factor; None where it has none of them. RAE's divides by std + 1e-5, or, where its configuration has
+        latent_mean and latent_var, by sqrt(var + 1e-5)."""
+        names = ("latents_mean", "latents_std", "shift_factor", "scaling_factor", "latent_mean", "latent_var")
+        numbers = {k: config.get(k) for k in names}
         given = {k: v for k, v in numbers.items() if v is not None}
         if not given:
             return None
@@ -102,6 +105,11 @@ class LatentStatistics:
         if "latents_mean" in given and "shift_factor" in given and given["shift_factor"].any():
             raise CheckpointError(f"{source}: has latents_mean and shift_factor; it is not known which comes first")
         zero, one = torch.tensor(0.0), torch.tensor(1.0)
+        if "latent_mean" in given or "latent_var" in given:
+            if given.keys() & {"latents_mean", "latents_std", "shift_factor"}:
+                raise CheckpointError(f"{source}: has {', '.join(given)}; it is not known which of them count")
+            std = (given["latent_var"] + _EPS).sqrt() if "latent_var" in given else one
+            return cls(given.get("latent_mean", zero), std / given.get("scaling_factor", one), source)
         std = given.get("latents_std", one)
         if config.get("_class_name") == "AutoencoderRAE" and "latents_std" in given:
             std = std + _EPS

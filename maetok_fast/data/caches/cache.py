@@ -98,6 +98,12 @@ class LatentCache:
         if not items.isfinite().all():
             bad = int((~items.flatten(1).isfinite().all(1)).nonzero()[0])
             raise CacheError(f"{self.path}: item {self.names[which[bad]]} holds values that are not finite")
+        if self.kind == "mean_std" and not (second := items[:, self.item[0] // 2 :] > 0).all():
+            bad = int((~second.flatten(1).all(1)).nonzero()[0])
+            raise CacheError(
+                f"{self.path}: item {self.names[which[bad]]} holds a standard deviation that is not > 0; if its "
+                "moments are log variances, say so: --moments logvar"
+            )
         return items
 
     def batches(self, size: int, flip: bool = False) -> Iterator[tuple[range, Tensor]]:
@@ -111,20 +117,28 @@ class LatentCache:
         if moments not in (None, "std", "logvar"):
             raise ValueError(f"moments must be 'std', 'logvar' or None, got {moments!r}")
         assert self.stated is not None
-        if moments is not None:
-            return f"mean_{moments}"
-        return moments_kind(self)
+        return moments_kind(self, moments)
 
     def __repr__(self) -> str:
         labels = "no labels" if self.labels is None else f"{len(np.unique(self.labels))} classes"
         return f"{self.format} cache {self.path}: {len(self)} x {self.shape}, {self.kind}, {labels}"
 
 
-def moments_kind(cache: Any) -> str:
-    """mean_std or mean_logvar, as the module says."""
+def moments_kind(cache: Any, given: str | None = None) -> str:
+    """mean_std or mean_logvar, as the module says; given: "std" or "logvar", which values <= 0 may still refute."""
     step = max(1, len(cache) // LOOKED_AT)
-    seconds = [cache.stored(i)[cache.stored(i).shape[0] // 2 :] for i in range(0, len(cache), step)]
-    positive = all((np.asarray(s) > 0).all() for s in seconds)
+    first = cache.stored(0)
+    looked = [cache.stored(i) for i in range(0, len(cache), step)]
+    # what is unlike the first is refused when it is read
+    alike = [item for item in looked if item.shape == first.shape and item.dtype == first.dtype]
+    seconds = [item[item.shape[0] // 2 :] for item in alike]
+    positive = all((second > 0).all() for second in seconds)
+    if given == "std" and any((second <= 0).any() for second in seconds):  # NaN is no proof, and refused when read
+        raise CacheError(
+            f"{cache.path}: values <= 0 in the second half of its moments, which no std has; not --moments std"
+        )
+    if given is not None:
+        return f"mean_{given}"
     if positive == (cache.stated == "mean_std"):
         return str(cache.stated)
     found = "only positive values" if positive else "values <= 0, which no standard deviation has,"

@@ -6,7 +6,7 @@
                   and the sampler repeats the first images at the end so that all ranks are of one length. `images=`,
                   how many there really are, drops those; nothing in the files tells them (each was sampled anew).
     repa          00000/img-mean-std-00000000.npy and dataset.json {"labels": [[path, int], ...]}, in vae-sd/ or itself
-    repa-e        <name>.h5 and <name>_h5.json, the names of its datasets in order
+    repa-e        <name>.h5 and <name>_h5.json, the names of its datasets; their order is the sorted one
     mar           <class>/<file>.npz: moments, moments_flip
     dc-ae         <class>/<stem>.npy: (C, h, w), scaled already
 
@@ -181,7 +181,8 @@ class REPAECache(LatentCache):
         names = _json(_names_of(self.path))
         if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
             raise CacheError(f"{_names_of(self.path)}: expected a list of names")
-        self._keys = [n for n in names if not n.endswith(".json")]
+        # as REPA-E's loader pairs them with images: several processes may have written them in another order
+        self._keys = sorted(n for n in names if not n.endswith(".json"))
         own: set[str] = set()
         for key in self._keys:
             parts = key.split("/")
@@ -215,8 +216,8 @@ class REPAECache(LatentCache):
     def _array(self, key: str) -> np.ndarray:
         try:
             found = self._h5[key]
-            if found.external:
-                raise ValueError("it lies in another file, which is not followed")
+            if found.external or found.is_virtual:
+                raise ValueError("its values lie in other files, which are not followed")
             if found.nbytes > MOST_BYTES:
                 raise ValueError(f"{found.nbytes} bytes are no item")
             return np.asarray(found)
