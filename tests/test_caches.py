@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,8 @@ def test_every_layout_is_told_and_read(name: str, tmp_path: Path) -> None:
         with pytest.raises(CacheError, match="without the mirror images"):
             cache.read([0], flip=True)
     assert f"{N} x (3, 4, 4), {KINDS[name]}, 3 classes" in repr(cache)
+    again = pickle.loads(pickle.dumps(cache))  # in a worker of a DataLoader
+    assert torch.equal(again.read([2]), cache.read([2]))
 
 
 def test_ranks_are_put_in_order_and_what_the_sampler_repeated_is_dropped_when_asked(tmp_path: Path) -> None:

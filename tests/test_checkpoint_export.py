@@ -96,11 +96,23 @@ def test_folders_and_names_of_others(tmp_path: Path) -> None:
     torch.save(model.state_dict(), inner / "pytorch_model.bin")
     (inner / "config.json").write_text(json.dumps(model.layout.export(model.config)))
     same(MAETok.from_pretrained(tmp_path / "checkpoint-5000"), model)
+    averaged = random(MAETok(TINY), seed=3)
+    averaged.save_pretrained(tmp_path / "checkpoint-5000" / "ema_model")
+    same(MAETok.from_pretrained(tmp_path / "checkpoint-5000"), averaged)
+    same(MAETok.from_pretrained(tmp_path / "checkpoint-5000", prefer="model"), model)
     sit = MODELS["sit"]()
     torch.save({"step": 3, "epoch": 1, "model": sit.state_dict(), "ema": sit.state_dict(), "optimizer": {},
                 "scheduler": {}, "disc": {}}, tmp_path / "ep-0000001.pt")  # fmt: skip
     loaded = load_generator(tmp_path / "ep-0000001.pt", heads=4)
     assert all(torch.equal(v, sit.state_dict()[k]) for k, v in loaded.state_dict().items())
+
+
+def test_other_classes_of_diffusers_are_named(tmp_path: Path) -> None:
+    write_checkpoint(MODELS["sit"](), tmp_path / "t", "diffusers")
+    config = tmp_path / "t" / "config.json"
+    config.write_text(json.dumps({"_class_name": "DiTTransformer2DModel", "sample_size": 32}))
+    with pytest.raises(CheckpointError, match="it is diffusers' DiTTransformer2DModel, which no SiT is"):
+        load_generator(tmp_path / "t")
 
 
 def test_a_generator_s_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,7 @@ def _checkpoint(source: str, destination: Path, to: str, prefer: str, statistics
     from maetok_fast.models.checkpoints.locate import STATISTICS
     from maetok_fast.pipeline import LatentStatistics
 
-    stored = Stored.read(source)
+    stored = Stored.read(source, prefer=prefer)
     model: Any
     try:
         model = load_generator(stored, prefer=prefer)

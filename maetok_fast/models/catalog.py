@@ -110,7 +110,9 @@ def load_generator(
 
     CheckpointError with what each class says where it is neither.
     """
-    stored = source if isinstance(source, Stored) else Stored.read(source, revision, token)
+    stored = (
+        source if isinstance(source, Stored) else Stored.read(source, revision, token, options.get("prefer", "ema"))
+    )
     errors = {}
     for kind in (SiT, LightningDiT):
         try:

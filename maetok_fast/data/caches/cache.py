@@ -50,6 +50,7 @@ class LatentCache:
 
     def __init__(self, path: Path, moments: str | None = None) -> None:
         self.path = path
+        self._given: dict[str, Any] = {"moments": moments}
         self._open()
         if not len(self):
             raise CacheError(f"{path}: a {self.format} cache without images")
@@ -119,9 +120,17 @@ class LatentCache:
         assert self.stated is not None
         return moments_kind(self, moments)
 
+    def __reduce__(self) -> Any:
+        """For workers of a DataLoader: open files do not travel, the new one opens its own."""
+        return _reopened, (type(self), self.path, self._given)
+
     def __repr__(self) -> str:
         labels = "no labels" if self.labels is None else f"{len(np.unique(self.labels))} classes"
         return f"{self.format} cache {self.path}: {len(self)} x {self.shape}, {self.kind}, {labels}"
+
+
+def _reopened(kind: type[LatentCache], path: Path, given: dict[str, Any]) -> LatentCache:
+    return kind(path, **given)
 
 
 def moments_kind(cache: Any, given: str | None = None) -> str:

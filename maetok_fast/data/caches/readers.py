@@ -43,6 +43,7 @@ class LightningDiTCache(LatentCache):
         if moments is not None:
             raise CacheError(f"{path}: a lightningdit cache holds samples, no moments")
         super().__init__(path)
+        self._given["images"] = images
 
     def _open(self) -> None:
         from safetensors import SafetensorError, safe_open

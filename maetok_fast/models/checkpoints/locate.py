@@ -24,9 +24,10 @@ _PATIENCE = 5.0
 
 
 def locate(
-    source: str | os.PathLike[str], revision: str | None = None, token: str | bool | None = None
+    source: str | os.PathLike[str], revision: str | None = None, token: str | bool | None = None, prefer: str = "ema"
 ) -> tuple[Path | None, Path]:
-    """(config.json or None, weights file) of a directory, a file or a hub repository id.
+    """(config.json or None, weights file) of a directory, a file or a hub repository id. prefer: of 1d-tokenizer's
+    checkpoint-{step}/, which keep the averaged weights in `ema_model`, the raw ones in `unwrapped_model`.
 
     The hub is asked only for what is no local path and looks like none: "owner/name" without a weights file's ending.
     """
@@ -37,8 +38,8 @@ def locate(
         beside = path.with_name("config.json")
         return (beside if beside.is_file() else None), path
     if path.is_dir():
-        inner = path / "unwrapped_model"  # of 1d-tokenizer's checkpoint-{step}/
-        path = inner if inner.is_dir() else path
+        inner = [path / name for name in ("ema_model", "unwrapped_model") if (path / name).is_dir()]
+        path = path if not inner else inner[0 if prefer == "ema" else -1]
         found = [path / name for name in WEIGHTS if (path / name).is_file()]
         if not found:
             found = sorted(

@@ -64,10 +64,14 @@ class Stored:
 
     @classmethod
     def read(
-        cls, source: str | os.PathLike[str], revision: str | None = None, token: str | bool | None = None
+        cls,
+        source: str | os.PathLike[str],
+        revision: str | None = None,
+        token: str | bool | None = None,
+        prefer: str = "ema",
     ) -> Stored:
         """See `Pretrained.from_pretrained`. CheckpointError naming what cannot be found or read."""
-        config_file, weights_file = locate(source, revision, token)
+        config_file, weights_file = locate(source, revision, token, prefer)
         public = read_config(config_file) if config_file else None
         return cls(public, weights_file, *read_weights(weights_file))
 
@@ -111,7 +115,7 @@ class Pretrained(nn.Module):
         """
         _check_prefer(prefer)
         _layout(cls)  # before anything is downloaded
-        stored = Stored.read(source, revision, token)
+        stored = Stored.read(source, revision, token, prefer)
         return cls.from_stored(stored, allow=allow, prefer=prefer, dtype=dtype, device=device, **changes)
 
     @classmethod
@@ -133,6 +137,11 @@ class Pretrained(nn.Module):
         if unknown:
             raise ValueError(f"from_pretrained: {cls.config_class.__name__} has no field {', '.join(unknown)}")
         public, weights_file = stored.config, stored.file
+        foreign = (public or {}).get("_class_name")  # diffusers' name of the class
+        if foreign not in (None, cls.__name__):
+            raise CheckpointError(
+                f"{weights_file}: config.json says it is diffusers' {foreign}, which no {cls.__name__} is"
+            )
         if public is not None and not matches(f"config.{SAVE_ID}", allowed):
             _check_one_save(public.get(SAVE_ID), stored.metadata.get(SAVE_ID), weights_file)
         state = pick(stored.content, layout.name, layout.mark, prefer, weights_file)
