@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from checkpoint_models import GENERATOR, TINY, random, same
@@ -184,6 +185,21 @@ def test_statistics_are_found_in_a_diffusers_pipeline(tmp_path: Path) -> None:
 
 def run(*words: str) -> Any:
     return CliRunner().invoke(app, ["convert", *words])
+
+
+def test_an_array_beside_a_checkpoint_makes_no_cache_of_it(tmp_path: Path) -> None:
+    MODELS["sit"]().save_pretrained(tmp_path / "a")
+    np.save(tmp_path / "a" / "loss.npy", np.zeros((3, 4, 4), np.float32))
+    done = run(str(tmp_path / "a"), str(tmp_path / "b"), "--to", "timm")
+    assert done.exit_code == 0, done.output
+
+
+def test_statistics_of_a_checkpoint_that_lies_on_the_hub() -> None:
+    content = {"ema": {"bn.running_mean": torch.zeros(3), "bn.running_var": torch.ones(3)}}
+    found = LatentStatistics.beside("somebody/repa-e", content)
+    assert found is not None
+    assert found.mean.tolist() == [0, 0, 0]
+    assert LatentStatistics.beside("somebody/repa-e", {"ema": {}}) is None
 
 
 def test_the_command_goes_around(tmp_path: Path) -> None:

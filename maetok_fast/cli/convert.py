@@ -33,11 +33,11 @@ def convert(
 ) -> None:
     """Convert a checkpoint or a latent cache. What the new layout has no place for is said; what would have to be
     guessed is asked for."""
-    from maetok_fast.data.caches import WRITERS, find_cache
+    from maetok_fast.data.caches import WRITERS
     from maetok_fast.models.checkpoints.export import EXPORTS
 
     with _said.in_a_sentence():
-        cache = find_cache(source)
+        cache = _cache_at(source)
         known = tuple(WRITERS) if cache is not None else EXPORTS
         if to not in known:
             what = "a checkpoint" if cache is None else f"a {cache} cache"
@@ -47,6 +47,22 @@ def convert(
         else:
             options: dict[str, Any] = {"seed": seed, "scale": scale, "flips": flips}
             _cache(source, destination, to, moments or None, images, options)
+
+
+def _cache_at(source: str) -> str | None:
+    """The layout of the cache at `source`; None for a checkpoint, beside which an array may lie too."""
+    from maetok_fast.data.caches import find_cache
+    from maetok_fast.models import CheckpointError
+    from maetok_fast.models.checkpoints.locate import locate
+
+    found = find_cache(source)
+    if found != "dc-ae":
+        return found
+    try:
+        locate(source)
+    except CheckpointError:
+        return found
+    return None
 
 
 def _cache(

@@ -122,17 +122,15 @@ class LatentStatistics:
         `vae` folder of a diffusers pipeline; None where there are none."""
         place = Path(generator)
         folder = place if place.is_dir() else place.parent
-        if not place.exists():
-            return None  # a hub repository's name
-        for pattern in STATISTICS:
+        here = place.exists()  # else a hub repository's name
+        for pattern in STATISTICS if here else ():
             for path in sorted(folder.glob(pattern)):
                 return cls.load(path)
-        files = sorted(folder.glob("*.pt")) if place.is_dir() else [place] if place.suffix == ".pt" else []
-        found = None
-        reads = [(place, content)] if content is not None else ((path, read_weights(path)[0]) for path in files)
-        for path, read in reads:
-            found = found or _from_checkpoint(read, str(path))
-        for path in (folder / "vae" / "config.json", folder.parent / "vae" / "config.json"):
+        found = None if content is None else _from_checkpoint(content, str(place))
+        if found is None and content is None and here:
+            for path in sorted(folder.glob("*.pt")) if place.is_dir() else [place] if place.suffix == ".pt" else []:
+                found = found or _from_checkpoint(read_weights(path)[0], str(path))
+        for path in (folder / "vae" / "config.json", folder.parent / "vae" / "config.json") if here else ():
             if found is None and path.is_file():
                 found = cls.of_diffusers(read_config(path), str(path))
         return found
