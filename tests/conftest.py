@@ -35,6 +35,12 @@ if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
     # package left there would be used. One folder a run, the workers share it.
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="maetok-fast-inductor-")
     atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
+with contextlib.suppress(ImportError):
+    import hypothesis
+
+    # the same examples in every run; others by `--hypothesis-profile default`
+    hypothesis.settings.register_profile("same", derandomize=True)
+    hypothesis.settings.load_profile("same")
 GPU = _has_gpu()
 if not GPU and importlib.util.find_spec("triton") is not None:
     os.environ.setdefault("TRITON_INTERPRET", "1")
