@@ -15,7 +15,6 @@ files carry it as `args`, under the public names. One set of weights is there: i
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maetok_fast.models.checkpoints.files import save_id, storable, write_together, write_weights
-from maetok_fast.models.checkpoints.layout import SAVE_ID, CheckpointError
+from maetok_fast.models.checkpoints.files import folder_writers, storable, write_together
+from maetok_fast.models.checkpoints.layout import CheckpointError
 from maetok_fast.models.checkpoints.pretrained import Pretrained
 
 __all__ = ["EXPORTS", "write_checkpoint"]
@@ -67,16 +66,14 @@ def write_checkpoint(
     name = {"folder": "model.safetensors", "diffusers": "diffusion_pytorch_model.safetensors", "timm": "last.pth.tar",
             "safetensors": "model.safetensors"}.get(to, f"{steps:07d}.pt")  # fmt: skip
     file = destination / name
-    writers: dict[Path, Callable[[Path], None]] = {}
+    writers: dict[Path, Callable[[Path], None]]
     if to in pickled:
-        writers[file] = lambda path: torch.save(pickled[to], path)
+        writers = {file: lambda path: torch.save(pickled[to], path)}
     else:
-        public[SAVE_ID] = save_id(public, tensors)
-        writers[file] = lambda path: write_weights(path, tensors, {SAVE_ID: public[SAVE_ID]})
-    if to in ("folder", "diffusers"):
-        own = {"_class_name": type(model).__name__} if to == "diffusers" else {}
-        text = json.dumps(own | public, indent=2) + "\n"
-        writers[destination / "config.json"] = lambda path: _text(path, text)
+        named = {"_class_name": type(model).__name__} if to == "diffusers" else {}
+        writers = folder_writers(destination, public, tensors, name, **named)
+    if to == "safetensors":
+        writers = {file: writers[file]}
     there = [path.name for path in writers if path.exists()]
     if there:
         raise CheckpointError(f"{destination}: {', '.join(there)} is there already; give another folder")
@@ -86,7 +83,3 @@ def write_checkpoint(
     except OSError as error:
         raise CheckpointError(f"{destination}: cannot be written ({error.strerror or error})") from error
     return file
-
-
-def _text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

@@ -22,11 +22,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maetok_fast.models.checkpoints.layout import CheckpointError
+from maetok_fast.models.checkpoints.layout import SAVE_ID, CheckpointError
 
 # safetensors is imported where it is used: models are made and run without it
 
-__all__ = ["read_config", "read_weights", "save_id", "settle", "storable", "write_together", "write_weights"]
+__all__ = [
+    "folder_writers",
+    "read_config",
+    "read_weights",
+    "save_id",
+    "settle",
+    "storable",
+    "write_together",
+    "write_weights",
+]
 
 # ---- reading -------------------------------------------------------------------------------------------------------
 
@@ -193,6 +202,27 @@ def _sort_metadata(path: Path) -> None:
         if len(text) == length:  # the same characters, so the same length
             file.seek(8)
             file.write(text)
+
+
+def folder_writers(
+    directory: Path,
+    config: Mapping[str, Any],
+    tensors: dict[str, Tensor],
+    weights: str = "model.safetensors",
+    **named: Any,
+) -> dict[Path, Callable[[Path], None]]:
+    """For `write_together`: the weights and config.json of a folder, with one `save_id` in both. named: what the file
+    says before the model's own `config`."""
+    own = {SAVE_ID: save_id(config, tensors)}
+    text = json.dumps({**named, **config, **own}, indent=2) + "\n"
+
+    def write_config(path: Path) -> None:
+        path.write_text(text, encoding="utf-8")
+
+    return {
+        directory / weights: lambda path: write_weights(path, tensors, own),
+        directory / "config.json": write_config,
+    }
 
 
 def write_together(writers: Mapping[Path, Callable[[Path], None]]) -> None:

@@ -12,7 +12,6 @@ source: directory | .safetensors | .pt | hub repository id
 from __future__ import annotations
 
 import functools
-import json
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -26,12 +25,11 @@ from torch import Tensor, nn
 from maetok_fast.models.checkpoints.copies import pick
 from maetok_fast.models.checkpoints.files import (
     Arguments,
+    folder_writers,
     read_config,
     read_weights,
-    save_id,
     storable,
     write_together,
-    write_weights,
 )
 from maetok_fast.models.checkpoints.layout import SAVE_ID, CheckpointError, Layout, matches
 from maetok_fast.models.checkpoints.locate import locate
@@ -177,17 +175,10 @@ class Pretrained(nn.Module):
         if directory.exists() and not directory.is_dir():
             raise CheckpointError(f"save_pretrained: {directory} is a file; give a directory")
         tensors = storable(self.state_dict())
-        public = layout.export(self.config)
-        public[SAVE_ID] = save_id(public, tensors)
-        text = json.dumps(public, indent=2) + "\n"
+        writers = folder_writers(directory, layout.export(self.config), tensors)
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            write_together(
-                {
-                    directory / "model.safetensors": lambda p: write_weights(p, tensors, {SAVE_ID: public[SAVE_ID]}),
-                    directory / "config.json": lambda p: _write_text(p, text),
-                }
-            )
+            write_together(writers)
         except OSError as error:
             raise CheckpointError(f"save_pretrained: cannot write to {directory} ({error})") from error
         return directory
@@ -225,10 +216,6 @@ def _layout(model: type[Pretrained]) -> Layout:
     if not isinstance(layout, Layout):
         raise TypeError(f"{model.__name__} has no checkpoint layout; set `layout = Layout(...)` in the class")
     return layout
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def _check_one_save(config: Any, weights: str | None, file: Path) -> None:
