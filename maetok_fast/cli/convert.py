@@ -46,7 +46,7 @@ def convert(
             _checkpoint(source, destination, to, prefer, statistics)
         else:
             options: dict[str, Any] = {"seed": seed, "scale": scale, "flips": flips}
-            _cache(source, destination, to, moments or None, images, options)
+            _cache(source, cache, destination, to, moments or None, images, options)
 
 
 def _cache_at(source: str) -> str | None:
@@ -66,11 +66,17 @@ def _cache_at(source: str) -> str | None:
 
 
 def _cache(
-    source: str, destination: Path, to: str, moments: str | None, images: int | None, options: dict[str, Any]
+    source: str,
+    layout: str,
+    destination: Path,
+    to: str,
+    moments: str | None,
+    images: int | None,
+    options: dict[str, Any],
 ) -> None:
     from maetok_fast.data.caches import convert_cache, open_cache
 
-    found = open_cache(source, moments=moments, images=images)
+    found = open_cache(source, layout, moments=moments, images=images)
     typer.echo(repr(found))
     with _said.progress("converting", len(found)) as tick:
         done = convert_cache(found, destination, to, tick=tick, **options)

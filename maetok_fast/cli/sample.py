@@ -65,17 +65,19 @@ def sample(
     from maetok_fast.pipeline import Pipeline
     from maetok_fast.pipeline.run import SamplingRun
 
+    flipped = convention is Convention.data1
     settings: dict[str, Any] = {
         "steps": steps,
         "method": "sde" if mode is Mode.sde else solver.value,
         "guidance": cfg_scale,
-        "interval": (guidance_low, guidance_high),
+        "interval": _interval(guidance_low, guidance_high, flipped),
         "guidance_channels": guidance_channels or None,
         "path": path_type,
     }
     # as any run without them had them before they were there: run.json knows a run by its settings
     if internal_guidance != 1.0:
-        settings |= {"internal": internal_guidance, "internal_interval": (internal_low, internal_high)}
+        settings["internal"] = internal_guidance
+        settings["internal_interval"] = _interval(internal_low, internal_high, flipped)
     if temperature is not None:
         settings["temperature"] = temperature
     with _said.in_a_sentence(), _said.processes(device) as (where, process, count):
@@ -88,8 +90,7 @@ def sample(
             precision=precision,
         )
         assert pipeline.generator is not None
-        shift = _shift(timestep_shift, pipeline.shape)
-        settings |= _times(settings | {"shift": shift}, convention, timestep_shift != "auto")
+        settings["shift"] = _shift(timestep_shift, pipeline.shape, flipped)
         known = pipeline.generator.config.num_classes
         labels = _labels(classes, per_class, num_fid_samples, label_sampling, known, global_seed)
         about = {"weights": pipeline.fingerprint, "precision": pipeline.precision.name, "device": where.type}
@@ -111,28 +112,24 @@ def sample(
             )
 
 
-def _shift(text: str, shape: tuple[int, ...]) -> float:
-    from maetok_fast.diffusion import dimension_shift
+def _interval(low: float, high: float, flipped: bool) -> tuple[float, float]:
+    """In our convention; flipped: said in the other one."""
+    from maetok_fast.diffusion import from_data_at_one
+
+    return from_data_at_one((low, high))[0] if flipped else (low, high)
+
+
+def _shift(text: str, shape: tuple[int, ...], flipped: bool) -> float:
+    """In our convention, in which auto is already."""
+    from maetok_fast.diffusion import dimension_shift, from_data_at_one
 
     if text == "auto":
         return dimension_shift(math.prod(shape))
     try:
-        return float(text)
+        shift = float(text)
     except ValueError:
         raise ValueError(f"--timestep-shift: expected a number or auto, got {text!r}") from None
-
-
-def _times(settings: dict[str, Any], convention: Convention, shifts: bool) -> dict[str, Any]:
-    """Intervals and shift in our convention; shifts: whether the shift was said in the other one."""
-    from maetok_fast.diffusion import from_data_at_one
-
-    times = {k: v for k, v in settings.items() if k in ("interval", "internal_interval", "shift")}
-    if convention is Convention.data1:
-        for name in ("interval", "internal_interval"):
-            if name in times:
-                times[name], shift = from_data_at_one(times[name], settings["shift"])
-        times["shift"] = shift if shifts else settings["shift"]
-    return times
+    return from_data_at_one((0, 1), shift)[1] if flipped else shift
 
 
 def _labels(classes: str, per_class: int, count: int, how: Labels, known: int, seed: int) -> list[int | None]:
