@@ -104,12 +104,17 @@ def leaves_to_original(module: nn.Module, apart: tuple[str, ...]) -> bool:
     return False
 
 
+def norm_values(
+    owner: nn.Module, norm: Norm, shift: Tensor | None = None, scale: Tensor | None = None, offset: float = 1.0
+) -> tuple[Any, Any, Any, Any, float, float]:
+    """(shift, scale, weight, bias, eps, offset) of the child's norm, as the ops that normalise take them."""
+    module = owner._modules[norm.name]
+    return shift, scale, getattr(module, "weight", None), getattr(module, "bias", None), norm.eps, offset
+
+
 def normed(owner: nn.Module, norm: Norm, x: Tensor, *modulation: Any) -> Tensor:
     """The child's norm of x (B, N, D). modulation: shift, scale, offset."""
-    module = owner._modules[norm.name]
-    shift, scale, offset = modulation or (None, None, 1.0)
-    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-    return adaln(x, shift, scale, weight, bias, norm.eps, offset, read_dtype(x), norm.kind)
+    return adaln(x, *norm_values(owner, norm, *modulation), read_dtype(x), norm.kind)
 
 
 # ---- leaves --------------------------------------------------------------------------------------------------------
@@ -318,9 +323,8 @@ class FastBlock(Fast):
             shift1, scale1, gate1, shift2, scale2, gate2 = modulations(self, part, given)
         branch = self._attend(normed(self, part.norm1, x, shift1, scale1, offset), passed)
         branch = self._dropped(part.drop1, branch)
-        norm2 = self._modules[part.norm2.name]
-        affine = getattr(norm2, "weight", None), getattr(norm2, "bias", None), part.norm2.eps, offset
-        x, y = residual_adaln(x, branch, gate1, shift2, scale2, *affine, read_dtype(x), part.norm2.kind)
+        norm2 = norm_values(self, part.norm2, shift2, scale2, offset)
+        x, y = residual_adaln(x, branch, gate1, *norm2, read_dtype(x), part.norm2.kind)
         branch = self._dropped(part.drop2, self._modules[part.mlp](y))
         return x + branch if gate2 is None else gate_residual(x, gate2, branch)
 

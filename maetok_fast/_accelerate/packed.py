@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from maetok_fast._accelerate import fast, reading
-from maetok_fast._accelerate.fast import FastAttention, FastBlock, FastLinear, FastMlp, FastMultihead
+from maetok_fast._accelerate.fast import FastAttention, FastBlock, FastLinear, FastMlp, FastMultihead, vector
 from maetok_fast._accelerate.reading import Norm
 from maetok_fast.inference.packing import Target, packed, scaled
 from maetok_fast.kernels import gate_residual
@@ -56,10 +56,7 @@ def _products(module: Any, make: Callable[[Target], Products], act: str = "") ->
 
 def _late(owner: Any, norm: Norm, x: Tensor, *modulation: Any) -> Normed:
     """The child's norm, left to the product that reads it."""
-    module = owner._modules[norm.name]
-    shift, scale, offset = modulation or (None, None, 1.0)
-    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-    return Normed(x, shift, scale, weight, bias, norm.eps, offset, norm.kind)
+    return Normed(x, *fast.norm_values(owner, norm, *modulation), norm.kind)
 
 
 def _pack_qkv(module: Any, part: reading.Attention, target: Target, use: str) -> PackedLinear:
@@ -227,9 +224,6 @@ class PackedBlock(FastBlock):
             made["first"] = _pack_first(mlp, part.feed, target, "normed")
             made["last"] = _pack_last(mlp, part.feed.last, vector(self, part.scale2), target)
         return made
-
-
-vector = fast.vector
 
 
 def _joined(x: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
