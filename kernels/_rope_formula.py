@@ -1,6 +1,6 @@
 # Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
-"""Parts of the formula of `rope_attention` that its tangent shares: q and k normalised and rotated, in plain torch, and
-which shapes its kernels take. `a` are its arguments by name."""
+"""Parts of the formula of `rope_attention` that its tangent shares: q and k normalised and rotated, in plain torch,
+which arguments are wrong and which shapes its kernels take. `a` are its arguments by name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,16 @@ from torch import Tensor
 from ._record import EMPTY
 from ._tiles import over_grid
 
-__all__ = ["norm", "prepared", "query_count", "rotate", "why_not_grid", "why_not_native", "why_not_triton"]
+__all__ = [
+    "check_rows",
+    "norm",
+    "prepared",
+    "query_count",
+    "rotate",
+    "why_not_grid",
+    "why_not_native",
+    "why_not_triton",
+]
 
 
 def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, qk_norm: str, eps: float) -> Tensor:
@@ -49,6 +58,23 @@ def prepared(a: Any) -> tuple[Tensor, Tensor]:
 def query_count(a: Any) -> int:
     """How many queries are asked for."""
     return a.qkv.shape[1] - a.first_query if a.num_queries is None else a.num_queries
+
+
+def check_rows(op: str, a: Any, index: Tensor | None = None) -> None:
+    """ValueError of `op` where the rotated tokens or the queries are not among qkv's, or no rotation fits head_dim."""
+    n, heads, head_dim = a.qkv.shape[1], a.qkv.shape[3], a.qkv.shape[4]
+    if a.rope is not None:
+        if head_dim % 2 or a.rope.shape[3] * 2 != head_dim:
+            raise ValueError(
+                f"{op}: rotation pairs channels, so head_dim must be even and rope (2, {heads} or 1, M, "
+                f"head_dim / 2), got head_dim {head_dim} and rope {tuple(a.rope.shape)}"
+            )
+        rotated = a.rope.shape[2] if index is None else index.shape[1]
+        if a.prefix < 0 or a.prefix + rotated > n:
+            raise ValueError(f"{op}: {rotated} rotated tokens after a prefix of {a.prefix} do not fit in {n} tokens")
+    first, count = a.first_query, query_count(a)
+    if first < 0 or count < 0 or first + count > n:
+        raise ValueError(f"{op}: queries {first} .. {first + count} are not within {n} tokens")
 
 
 def why_not_native(a: Any) -> str | None:

@@ -38,7 +38,7 @@ from ._op import Op
 from ._record import Backend, Sample
 from ._rope_attention_libraries import ATTENTIONS, library
 from ._rope_attention_triton import triton_backward, triton_forward
-from ._rope_formula import prepared, query_count, why_not_grid, why_not_native, why_not_triton
+from ._rope_formula import check_rows, prepared, query_count, why_not_grid, why_not_native, why_not_triton
 from ._tiles import attention_order
 from .rope_attention_jvp import TANGENT
 
@@ -227,28 +227,14 @@ def _native_backward(a, out, g, d):
 
 
 def _check(a):
-    n, heads, head_dim = a.qkv.shape[1], a.qkv.shape[3], a.qkv.shape[4]
-    if a.rope is not None:
-        if head_dim % 2 or a.rope.shape[3] * 2 != head_dim:
-            raise ValueError(
-                f"rope_attention: rotation pairs channels, so head_dim must be even and rope (2, {heads} or 1, M, "
-                f"head_dim / 2), got head_dim {head_dim} and rope {tuple(a.rope.shape)}"
-            )
-        rotated = a.rope.shape[2] if a.index is None else a.index.shape[1]
-        if a.prefix < 0 or a.prefix + rotated > n:
-            raise ValueError(
-                f"rope_attention: {rotated} rotated tokens after a prefix of {a.prefix} do not fit in {n} tokens"
-            )
-    elif a.index is not None:
+    check_rows("rope_attention", a, a.index)
+    if a.rope is None and a.index is not None:
         raise ValueError("rope_attention: index names rows of rope, and there is no rope")
     if a.qk_norm not in _NORMS:
         raise ValueError(f"rope_attention: qk_norm must be one of {', '.join(_NORMS)}, got {a.qk_norm!r}")
     for name in ("q_weight", "q_bias", "k_weight", "k_bias"):
         if getattr(a, name) is not None and (a.qk_norm == "none" or (a.qk_norm == "rms" and name.endswith("bias"))):
             raise ValueError(f"rope_attention: {name} has no meaning with qk_norm={a.qk_norm!r}")
-    first, count = a.first_query, query_count(a)
-    if first < 0 or count < 0 or first + count > n:
-        raise ValueError(f"rope_attention: queries {first} .. {first + count} are not within {n} tokens")
 
 
 def _why_not_xformers(a):
