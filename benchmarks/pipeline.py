@@ -16,6 +16,7 @@ Random weights: their values change no time.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 import time
@@ -144,8 +145,6 @@ def measured(args: argparse.Namespace, tick: Callable[[str], None]) -> tuple[dic
 
 
 def _copy(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-    import copy
-
     return copy.deepcopy(model).to(dtype)
 
 
