@@ -65,7 +65,9 @@ PACKAGES: dict[str, Package] = {
     for p in (
         Package("torchvision", "decoding and resizing of images", "pip install torchvision", ("torchvision",)),
         Package("timm", "frozen teachers and baselines from timm", "pip install timm", ("timm",)),
+        Package("open_clip", "the tokenizer of captions", "pip install open_clip_torch", ("open_clip_torch",)),
         Package("lpips", "the LPIPS metric and the perceptual loss", "pip install lpips", ("lpips",)),
+        Package("tensorboard", "curves of a run in TensorBoard", "pip install tensorboard", ("tensorboard",)),
         Package("matplotlib", "pictures of the benchmark", "pip install matplotlib", ("matplotlib",)),
         Package("skimage", "the benchmark's photographs", "pip install scikit-image", ("scikit-image",)),
         Package("sklearn", "latent-space analysis and photographs", "pip install scikit-learn", ("scikit-learn",)),

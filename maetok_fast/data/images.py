@@ -16,11 +16,12 @@ already, their pixels as they are (EXIF orientation applied), and refuses others
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import io
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # the decoders that may run, whatever a file's suffix says
 CROPS = ("center", "adm", "none")
-_ORIENTATION = 0x0112  # EXIF tag
+ORIENTATION = 0x0112  # EXIF tag
 MAX_PIXELS = 178_956_970  # where PIL itself stops, unless a program has switched its limit off
 MAX_ASPECT_RATIO = 100  # beyond it the crop keeps less than 1 % of the picture
 
@@ -92,15 +93,9 @@ def load_image(
         raise TypeError(f"resolution must be an integer number of pixels, got {resolution!r}") from None
     if resolution < 1:
         raise ValueError(f"resolution must be a positive number of pixels, got {resolution}")
-    try:
+    with reading(path):
         file = path if content is None else io.BytesIO(content)
         pixels = _read(file, resolution, crop, crop != "adm" if orient is None else orient)
-    except FileNotFoundError as error:
-        raise ImageError(f"image {path} does not exist") from error
-    except MemoryError as error:
-        raise ImageError(f"cannot read image {path}: out of memory") from error
-    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error... on damaged files
-        raise ImageError(f"cannot read image {path}: {error}") from error
     return torch.from_numpy(pixels).permute(2, 0, 1).to(torch.float32).div_(127.5).sub_(1)
 
 
@@ -119,23 +114,54 @@ def to_uint8(images: Tensor) -> np.ndarray:
     return scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
 
 
-def _read(path: str | Path | io.BytesIO, resolution: int, crop: str, orient: bool) -> np.ndarray:
-    """(resolution, resolution, 3) uint8."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+@contextlib.contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Whatever goes wrong inside with this file becomes an ImageError that names it."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise ImageError(f"image {path} does not exist") from error
+    except MemoryError as error:
+        raise ImageError(f"cannot read image {path}: out of memory") from error
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error... on damaged files
+        raise ImageError(f"cannot read image {path}: {error}") from error
+
+
+def opened(file: str | Path | io.BytesIO) -> PILImage:
+    """An image of which the header alone was read: one of FORMATS, neither too large nor too long, or ImageError."""
+    from PIL import Image, UnidentifiedImageError
 
     try:
-        opened = Image.open(path, formats=FORMATS)
+        image = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
         raise ImageError(f"its content is none of {', '.join(FORMATS)}") from None
-    with opened:
-        width, height = opened.size
-        if width * height > MAX_PIXELS:
-            raise ImageError(f"{width} x {height} is more than {MAX_PIXELS} pixels")
-        if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-            raise ImageError(f"{width} x {height} is longer than {MAX_ASPECT_RATIO} to 1")
-        if not orient:
-            opened.getexif().pop(_ORIENTATION, None)  # PIL turns a TIFF while it decodes it
-        image = _rgb(ImageOps.exif_transpose(opened), opened.format)
+    width, height = image.size
+    problem = None
+    if width * height > MAX_PIXELS:
+        problem = f"{width} x {height} is more than {MAX_PIXELS} pixels"
+    elif max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        problem = f"{width} x {height} is longer than {MAX_ASPECT_RATIO} to 1"
+    if problem is not None:
+        image.close()
+        raise ImageError(problem)
+    return image
+
+
+def decoded(image: PILImage, orient: bool = True) -> PILImage:
+    """An opened image as RGB of 8 bits, the EXIF orientation applied where `orient` says so."""
+    from PIL import ImageOps
+
+    if not orient:
+        image.getexif().pop(ORIENTATION, None)  # PIL turns a TIFF while it decodes it
+    return _rgb(ImageOps.exif_transpose(image), image.format)
+
+
+def _read(path: str | Path | io.BytesIO, resolution: int, crop: str, orient: bool) -> np.ndarray:
+    """(resolution, resolution, 3) uint8."""
+    from PIL import Image
+
+    with opened(path) as source:
+        image = decoded(source, orient)
     if crop == "none":
         if image.size != (resolution, resolution):
             raise ImageError(

@@ -1,0 +1,305 @@
+# Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
+"""The endless batches of a training run.
+
+    Order (order.py) ── Request(step, size, places) ──> worker processes (reader.py) ── Raw ──> device: Batch
+                                                                  decoder="dali": bytes ── dali.py ──┘
+
+A batch is a function of (source, view, seed, step, rank, world, sizes) alone: neither the number of workers nor where
+the run was started changes it, so that a checkpoint needs the step only. With decoder="dali" samples and windows are
+the same and the pixels DALI's.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import signal
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from maetok_fast.checks import check_number, check_positive
+from maetok_fast.data.dali import Dali
+from maetok_fast.data.decode import resolve
+from maetok_fast.data.images import load_image
+from maetok_fast.data.order import Order, batch_positions
+from maetok_fast.data.reader import Raw, Reader, Request, render_packed, to_range
+from maetok_fast.data.samples import DataError, Source
+from maetok_fast.data.views import SIZE, View, rng_of
+
+__all__ = ["Batch", "Batches", "WorkerError", "validation_batches"]
+
+PREFETCH = 2  # batches of each worker
+SHOWN = 3  # unreadable samples that a message names
+
+
+class WorkerError(RuntimeError):
+    """A worker process has ended; the message says how."""
+
+
+class Batch(NamedTuple):
+    """images: (B, 3, S, S) uint8 contiguous, or what `dtype` of `Batches` says, on the device. labels: (B,) int64 there
+    too, None where the source has none. captions: None where it has none, "" where a sample has none or it was dropped.
+    indices: the samples shown. epoch: of the batch's first sample. step: this batch's."""
+
+    images: Tensor
+    labels: Tensor | None
+    captions: tuple[str, ...] | None
+    indices: tuple[int, ...]
+    epoch: int
+    step: int
+
+
+class _Requests:
+    """The endless requests from a step on, in the main process: what torch calls a sampler."""
+
+    def __init__(self, order: Order, batch: int, rank: int, world: int, step: int, sizes: tuple[int, ...]) -> None:
+        self.order, self.batch, self.rank, self.world, self.step, self.sizes = order, batch, rank, world, step, sizes
+
+    def __iter__(self) -> Iterator[Request]:
+        step = self.step
+        while True:
+            drawn = 0
+            if len(self.sizes) > 1:
+                drawn = int(rng_of(self.order.seed, 0, step, SIZE).integers(len(self.sizes)))
+            places = tuple(self.order.at(p) for p in batch_positions(step, self.batch, self.rank, self.world))
+            yield Request(step, self.sizes[drawn], places)
+            step += 1
+
+
+class Batches:
+    """An endless iterator of `Batch`; close it, or leave its `with`, to end the worker processes.
+
+    batch       samples a step of this rank; rank, world: of the distributed run
+    step        where to start; `batches.step` is the next one, which a checkpoint keeps
+    sizes       several resolutions, one drawn for each step, the same on all ranks; empty: the view's
+    workers     processes that read and decode; 0: this process does
+    decoder     "auto", "torchvision", "pil" (equal samples) or "dali" (dali.py)
+    dtype       uint8, or a floating-point one for images in [-1, 1], channels_last
+    max_unreadable  the share of this rank's samples that may be unreadable before DataError. Each is named in
+                `unreadable` (name -> reason), once in `log`, a file of JSON lines, and replaced by another of its batch
+    captions    read where the source has them; drop_captions: the probability that one is left empty
+    unreadable  of a checkpoint's state()
+    start       how processes start: "fork", "spawn", "forkserver"; None: torch's choice
+
+    next() raises DataError where too much or a whole batch cannot be read, or a caption is broken, WorkerError where a
+    worker process has ended. `waited`: seconds spent in next() so far.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        view: View,
+        batch: int,
+        *,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        step: int = 0,
+        shuffle: bool = True,
+        sizes: Sequence[int] = (),
+        workers: int = 2,
+        decoder: str = "auto",
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.uint8,
+        max_unreadable: float = 0.01,
+        log: str | Path | None = None,
+        captions: bool = True,
+        drop_captions: float = 0.0,
+        unreadable: Mapping[str, str] | None = None,
+        start: str | None = None,
+        dali_threads: int = 2,
+    ) -> None:
+        check_positive("Batches", batch=batch, world=world, **{f"sizes[{i}]": size for i, size in enumerate(sizes)})
+        check_number("Batches", "workers", workers, 0)
+        check_number("Batches", "max_unreadable", max_unreadable, 0, 1 + 1e-9)
+        check_number("Batches", "drop_captions", drop_captions, 0, 1 + 1e-9)
+        if dtype != torch.uint8 and not dtype.is_floating_point:
+            raise ValueError(f"Batches: expected dtype uint8 or a floating-point one, got {dtype}")
+        batch_positions(step, batch, rank, world)  # its checks
+        self.source, self.step, self.device, self.dtype = source, step, torch.device(device), dtype
+        self.max_unreadable, self.log = max_unreadable, None if log is None else Path(log)
+        self.unreadable: dict[str, str] = dict(unreadable or {})
+        self.waited = 0.0
+        self._allowed = math.ceil(max_unreadable * len(source) / world)
+        self._dali = Dali(batch, self.device, dali_threads, dtype) if decoder == "dali" else None
+        self._ahead: Raw | None = None
+        # here and not in the workers: forked ones have the libraries then
+        decoder = decoder if decoder == "dali" else resolve(decoder)
+        reader = Reader(source, view, seed, decoder, captions, drop_captions)
+        order = Order(len(source), seed, shuffle)
+        self._requests = _Requests(order, batch, rank, world, step, tuple(sizes) or (view.size,))
+        if self.log is not None:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+        self._loader: DataLoader = DataLoader(
+            reader,
+            batch_size=None,
+            sampler=self._requests,
+            num_workers=workers,
+            collate_fn=_same,  # type: ignore[arg-type]  # gets what the reader gives where batch_size is None
+            pin_memory=self.device.type == "cuda",
+            prefetch_factor=PREFETCH if workers else None,
+            worker_init_fn=_start_worker,
+            multiprocessing_context=start if workers else None,
+            generator=torch.Generator(),  # else it would draw from the training's own numbers
+        )
+        self._raws: Iterator[Raw] | None = None
+
+    def __iter__(self) -> Batches:
+        return self
+
+    def __next__(self) -> Batch:
+        begun = time.perf_counter()
+        try:
+            raw = self._dali_next(self._dali) if self._dali is not None else self._next_raw()
+            return self._batch(*raw) if isinstance(raw, tuple) else self._batch(raw, None)
+        finally:
+            self.waited += time.perf_counter() - begun
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint: Batches(..., step=state["step"], unreadable=state["unreadable"]) goes on from here."""
+        return {"step": self.step, "unreadable": dict(self.unreadable)}
+
+    def close(self) -> None:
+        """Ends the worker processes; next() would start them again, at the step where it stopped."""
+        raws, self._raws, self._ahead = self._raws, None, None
+        if self._dali is not None:
+            self._dali.discard()
+        shut = getattr(raws, "_shutdown_workers", None)  # torch has no public name for it
+        while shut is not None:
+            try:
+                shut()
+                shut = None
+            except RuntimeError as error:  # torch's signal handler names a dead worker once more at each child's end
+                if not _is_of_a_worker(error):
+                    raise
+
+    def __enter__(self) -> Batches:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _next_raw(self) -> Raw:
+        if self._raws is None:
+            self._requests.step = self.step
+            self._raws = iter(self._loader)
+        try:
+            return next(self._raws)
+        except (RuntimeError, EOFError, OSError) as error:
+            if not _is_of_a_worker(error):
+                raise
+            ended = error
+        self.close()  # else the other workers' ends would raise the same again, anywhere
+        how = " ".join(str(ended).split()) or "it does not answer any more"
+        raise WorkerError(
+            f"a process that reads images has ended ({how}); was it killed for its memory, take fewer workers, else "
+            "workers=0 shows at which sample it ends"
+        ) from ended
+
+    def _dali_next(self, engine: Dali) -> tuple[Raw, Tensor | None]:
+        """The batch in work, and the next one put to work."""
+        raw = self._ahead if self._ahead is not None else self._submitted(engine)
+        images = None
+        if raw.waiting:
+            try:
+                images = engine.collect()
+            except RuntimeError:  # a damaged file, and DALI's message has no name for it
+                try:
+                    render_packed(raw, [self.source.name(raw.indices[place]) for place in raw.waiting])
+                except DataError as error:
+                    raw.error = str(error)
+        self._ahead = None
+        self._ahead = self._submitted(engine)
+        return raw, images
+
+    def _submitted(self, engine: Dali) -> Raw:
+        raw = self._next_raw()
+        if raw.waiting:
+            engine.submit(raw.contents(), raw.windows, raw.request.size)
+        return raw
+
+    def _batch(self, raw: Raw, images: Tensor | None) -> Batch:
+        self._note(raw)
+        if raw.error is not None:
+            raise DataError(f"step {raw.request.step}: {raw.error}{self._named()}")
+        assert raw.pixels is not None
+        if images is None or len(raw.waiting) < len(raw.indices):
+            whole = to_range(raw.pixels.to(self.device, non_blocking=True), self.dtype)
+            if images is not None:
+                whole[torch.tensor(raw.waiting, device=self.device)] = images
+            images = whole
+        labels = None if raw.labels is None else raw.labels.to(self.device, non_blocking=True)
+        captions = None if raw.captions is None else tuple(raw.captions)
+        self.step = raw.request.step + 1
+        return Batch(images, labels, captions, tuple(raw.indices), raw.request.places[0][0], raw.request.step)
+
+    def _note(self, raw: Raw) -> None:
+        fresh = {name: reason for name, reason in raw.failures.items() if name not in self.unreadable}
+        self.unreadable.update(fresh)
+        if fresh and self.log is not None:
+            with open(self.log, "a", encoding="ascii") as file:
+                for name, reason in fresh.items():
+                    file.write(json.dumps({"step": raw.request.step, "name": name, "reason": reason}) + "\n")
+        if len(self.unreadable) > self._allowed:
+            raise DataError(
+                f"{len(self.unreadable)} samples cannot be read, more than max_unreadable {self.max_unreadable:g} "
+                f"allows ({self._allowed}){self._named()}"
+            )
+
+    def _named(self) -> str:
+        shown = [f"{name}: {reason}" for name, reason in list(self.unreadable.items())[:SHOWN]]
+        return f"; {'; '.join(shown)}" if shown else ""
+
+
+def _is_of_a_worker(error: Exception) -> bool:
+    """Whether torch's loader says by this that a worker has ended; what the reader itself raised there is another
+    matter. A connection's errors: tensors in flight are fetched from the worker, and went with it."""
+    text = str(error)
+    if isinstance(error, RuntimeError):
+        return "DataLoader worker (pid" in text
+    return isinstance(error, (EOFError, ConnectionError, FileNotFoundError)) and "DataLoader worker" not in text
+
+
+def _same(raw: Raw) -> Raw:
+    return raw
+
+
+def _start_worker(number: int) -> None:
+    # Ctrl-C is the main process's to answer: it may want to save what it has, and ends its workers itself
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def validation_batches(
+    source: Source,
+    size: int,
+    crop: str = "center",
+    batch: int = 64,
+    limit: int | None = None,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    device: torch.device | str = "cpu",
+) -> Iterator[Batch]:
+    """The first `limit` samples once, in order, as evaluation reads them: `load_image`, fp32 in [-1, 1]; the last batch
+    is smaller. Ranks take every world-th sample. ImageError at the first one that cannot be read."""
+    check_positive("validation_batches", batch=batch, world=world)
+    count = len(source) if limit is None else min(limit, len(source))
+    mine = range(rank, count, world)
+    load = functools.partial(load_image, resolution=size, crop=crop)
+    for step, first in enumerate(range(0, len(mine), batch)):
+        indices = tuple(mine[first : first + batch])
+        images = torch.stack([load(source.name(i), content=source.read(i)) for i in indices])
+        labels = torch.tensor([source.label(i) for i in indices]) if source.labelled else None
+        captions = tuple(source.caption(i) or "" for i in indices) if source.captioned else None
+        yield Batch(images.to(device), None if labels is None else labels.to(device), captions, indices, 0, step)
