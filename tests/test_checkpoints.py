@@ -248,9 +248,9 @@ def test_the_wrong_kind_of_model(tiny: MAETok, tmp_path: Path) -> None:
     ):
         SiT.from_pretrained(tmp_path, allow="config.*")
     state = tiny.state_dict()
-    state["quant_conv.weight"] = torch.zeros(12, 64)
+    state["quant_conv.weight"] = torch.zeros(12, 64)  # a KL autoencoder's, whose bias has 12 too
     save_file(state, tmp_path / "kl.safetensors")
-    with pytest.raises(CheckpointError, match="a KL autoencoder"):
+    with pytest.raises(CheckpointError, match=r"quant_conv\.bias \(expected \(12,\), got \(6,\)\)"):
         MAETok.from_pretrained(tmp_path / "kl.safetensors")
 
 
@@ -324,6 +324,8 @@ OTHER: dict[Any, tuple[Any, dict[str, Any]]] = {
             "decoder_drop_path": [0.1],
             "latent_mean": [0.5],
             "latent_std": [2.0],
+            "bottleneck": ["kl", "softvq"],
+            "codebook_size": [16],
         },
     ),
     SiT: (

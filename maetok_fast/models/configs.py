@@ -14,6 +14,7 @@ from maetok_fast.checks import check_integers, check_number, check_positive, che
 
 __all__ = ["CONDITIONS", "LightningDiTConfig", "MAETokConfig", "SiTConfig", "ViTSize", "grid_of"]
 
+BOTTLENECKS = ("ae", "kl", "softvq")
 CONDITIONS = ("r", "beta")  # of SiTConfig.conditions, in the order in which they are added up
 
 
@@ -44,7 +45,8 @@ class MAETokConfig:
     (None: the same). num_latent_tokens: L, 0 for the image-token ablation. latent_dim: H. decoder_kind: "movqv2" or
     "plain". position: "mixed" (learned RoPE frequencies), "axial" (fixed ones) or "absolute" (learned positions in the
     decoder too). mask_token: whether the encoder can replace masked patches. latent_mean, latent_std: the scalars with
-    which the public generators normalise latents, (z - mean) / std; encode() does not apply them.
+    which the public generators normalise latents, (z - mean) / std; encode() does not apply them. bottleneck: "ae"
+    (MAETok's), "kl" or "softvq" (`models.bottlenecks`, for comparisons); codebook_size: of the last, 8192 if None.
     """
 
     image_size: int | tuple[int, int] = 256
@@ -64,6 +66,8 @@ class MAETokConfig:
     decoder_drop_path: float = 0.0
     latent_mean: float = 0.0
     latent_std: float = 1.0
+    bottleneck: str = "ae"
+    codebook_size: int | None = None
 
     def __post_init__(self) -> None:
         # 256 and (256, 256) are one size and so one configuration
@@ -89,6 +93,11 @@ class MAETokConfig:
             raise ValueError(f"MAETokConfig: decoder_kind {self.decoder_kind!r} is not 'movqv2' or 'plain'")
         if self.position not in ("mixed", "axial", "absolute"):
             raise ValueError(f"MAETokConfig: position {self.position!r} is not 'mixed', 'axial' or 'absolute'")
+        if self.bottleneck not in BOTTLENECKS:
+            raise ValueError(f"MAETokConfig: bottleneck {self.bottleneck!r} is not one of {', '.join(BOTTLENECKS)}")
+        codes = 8192 if self.codebook_size is None else self.codebook_size
+        check_positive("MAETokConfig", codebook_size=codes)
+        object.__setattr__(self, "codebook_size", codes if self.bottleneck == "softvq" else None)
         if self.num_latent_tokens < 0 or min(self.latent_dim, self.patch, self.out_patch) < 1:
             raise ValueError(
                 f"MAETokConfig: num_latent_tokens {self.num_latent_tokens} must be >= 0, latent_dim {self.latent_dim}, "

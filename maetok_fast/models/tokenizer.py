@@ -28,8 +28,9 @@ import torch
 from torch import Tensor, nn
 
 from maetok_fast.checks import check_dtype, check_tensor, height_width
-from maetok_fast.kernels import decoder_tokens, embed_tokens, rope_table
+from maetok_fast.kernels import decoder_tokens, embed_tokens, gather_tokens, rope_table, scatter_tokens
 from maetok_fast.layers import unpatchify
+from maetok_fast.models.bottlenecks import SoftVQ, gaussian, kl_loss, sample_gaussian
 from maetok_fast.models.checkpoints import Pretrained
 from maetok_fast.models.checkpoints.maetok import MAETOK
 from maetok_fast.models.configs import MAETokConfig, ViTSize, grid_of
@@ -100,17 +101,29 @@ class Encoder(_Half):
             _one(latents),
         )
 
-    def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
-        """images -> (B, L, D), or (B, N, D) without latent tokens."""
-        x = self.embed(images, mask)
+    def forward(self, images: Tensor, mask: Tensor | None = None, kept: Tensor | None = None) -> Tensor:
+        """images -> (B, L, D), or (B, N, D) without latent tokens.
+
+        kept (B, K) int64: the patches that are not dropped; without latent tokens mask tokens stand for the others."""
+        patches = images.shape[2] // self.patch * (images.shape[3] // self.patch)
+        x = self.embed(images, None if kept is not None else mask)
+        if kept is not None:
+            image_tokens = gather_tokens(x[:, 1 : 1 + patches], kept)
+            x = torch.cat([x[:, :1], image_tokens, x[:, 1 + patches :]], dim=1)
         tables = self.rope((images.shape[2] // self.patch, images.shape[3] // self.patch))
         # only these tokens leave the encoder: the last block's queries, projection and MLP of all others are never read
         count = self.num_latent_tokens or x.shape[1] - 1
         last = len(tables) - 1
         for i, (block, rope) in enumerate(zip(self.model.blocks, tables)):
-            kept = (x.shape[1] - count, count) if i == last else (0, None)
-            x = block(x, rope, 1, x, *kept)
-        return self.model.norm(x)
+            pruned = (x.shape[1] - count, count) if i == last else (0, None)
+            # rotations by place: without them no block needs the places
+            dropped = {} if kept is None or rope is None else {"index": kept}
+            x = block(x, rope, 1, x, *pruned, **dropped)
+        x = self.model.norm(x)
+        if kept is not None and not self.num_latent_tokens:
+            assert self.mask_token is not None
+            x = scatter_tokens(x, kept, self.mask_token.flatten(), patches)
+        return x
 
 
 class Decoder(_Half):
@@ -160,6 +173,10 @@ class Decoder(_Half):
 
     def forward(self, z: Tensor, latents: Tensor, grid: tuple[int, int]) -> Tensor:
         """z = post_quant_conv(latents) (B, T, D), latents (B, T, H), grid (rows, columns) -> images (B, 3, H, W)."""
+        return self.pixels(self.tokens(z, latents, grid), grid)
+
+    def tokens(self, z: Tensor, latents: Tensor, grid: tuple[int, int]) -> Tensor:
+        """As `forward`, up to what the last layer reads: (B, N, D), normed."""
         x = self.embed(z, grid)
         prefix, count = self.prefix, grid[0] * grid[1]
         tables = self.rope(grid)
@@ -169,12 +186,15 @@ class Decoder(_Half):
         for i, (block, rope) in enumerate(zip(self.model.blocks, tables)):
             kept = (prefix, count) if i == last else (0, None)
             x = block(x, rope, prefix, latents, *kept, equal if i == 0 else None)
-        return self.head(x, latents, grid)
+        return self.normed(x, latents)
 
-    def head(self, x: Tensor, latents: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Image tokens (B, N, D) -> images. Without latent tokens the image tokens are the modulated ones."""
-        x = self.model.norm(x, None if self.num_latent_tokens else latents) if self.movq else self.model.norm(x)
-        return unpatchify(self.to_pixel(x), grid, self.patch)
+    def normed(self, x: Tensor, latents: Tensor) -> Tensor:
+        """Image tokens (B, N, D) through the last norm. Without latent tokens they are the modulated ones."""
+        return self.model.norm(x, None if self.num_latent_tokens else latents) if self.movq else self.model.norm(x)
+
+    def pixels(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """What `tokens` gives -> images (B, 3, H, W)."""
+        return unpatchify(self.to_pixel(tokens), grid, self.patch)
 
 
 class ToPixel(nn.Module):
@@ -202,26 +222,56 @@ class MAETok(Pretrained):
         super().__init__()
         self.config = config = MAETokConfig() if config is None else config
         self.encoder = Encoder(config)
-        self.quant_conv = nn.Linear(config.encoder.dim, config.latent_dim)
+        self.quant_conv = nn.Linear(config.encoder.dim, config.latent_dim * (2 if config.bottleneck == "kl" else 1))
+        self.codebook = None if config.codebook_size is None else SoftVQ(config.codebook_size, config.latent_dim)
         self.post_quant_conv = nn.Linear(config.latent_dim, config.decoder.dim)
         self.decoder = Decoder(config)
 
-    def encode(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
+    def encode(self, images: Tensor, mask: Tensor | None = None, kept: Tensor | None = None) -> Tensor:
         """images (B, 3, H, W) in [-1, 1], RGB, the model's dtype -> latents (B, L, H); (B, N, H) if L = 0.
 
         H and W: any multiples of the patch. mask (B, N) bool, True = replaced by the mask token, row-major patches.
-        ValueError or TypeError name what was given and what was expected. Latents are not normalised.
+        kept (B, K) int64, ascending: only these patches go through the blocks (as in MAE), and `mask` is not looked at.
+        ValueError or TypeError name what was given and what was expected. Latents are not normalised; of the bottleneck
+        "kl" they are the mean.
         """
+        h = self._encoded(images, mask, kept)
+        if self.config.bottleneck == "kl":
+            return gaussian(h)[0]
+        return h if self.codebook is None else self.codebook(h)[0]
+
+    def latents_and_loss(
+        self, images: Tensor, mask: Tensor | None = None, kept: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `encode`, in training: (the latents to decode, of "kl" a sample; the bottleneck's losses by name, fp32
+        scalars without weights: "kl", "entropy", or none)."""
+        h = self._encoded(images, mask, kept)
+        if self.config.bottleneck == "kl":
+            mean, log_variance = gaussian(h)
+            return sample_gaussian(mean, log_variance), {"kl": kl_loss(mean, log_variance)}
+        if self.codebook is None:
+            return h, {}
+        latents, loss = self.codebook(h)
+        return latents, {"entropy": loss}
+
+    def _encoded(self, images: Tensor, mask: Tensor | None, kept: Tensor | None) -> Tensor:
         check_tensor("images", images, ("B", 3, "H", "W"))
         check_dtype("images", images, self.decoder.mask_token)
         rows, columns = grid_of((images.shape[2], images.shape[3]), self.config.patch, "images of")
-        if mask is not None:
+        if kept is not None:
+            check_tensor("kept", kept, (images.shape[0], "K"))
+            if kept.dtype != torch.int64:
+                raise TypeError(f"kept: expected torch.int64, places of patches, got {kept.dtype}")
+            if not self.config.num_latent_tokens and self.encoder.mask_token is None:
+                raise ValueError("kept: without latent tokens a mask token has to stand for the dropped patches")
+        elif mask is not None:
             check_tensor("mask", mask, (images.shape[0], rows * columns))
             if mask.dtype != torch.bool:
                 raise TypeError(f"mask: expected torch.bool (True = masked), got {mask.dtype}; use mask.bool()")
             if self.encoder.mask_token is None:
                 raise ValueError("mask: this model has no mask token (MAETokConfig.mask_token is False)")
-        return self.quant_conv(self.encoder(images, mask))
+        encoded = self.encoder(images, mask) if kept is None else self.encoder(images, mask, kept)
+        return self.quant_conv(encoded)
 
     def decode(self, latents: Tensor, size: int | tuple[int, int] | None = None) -> Tensor:
         """latents (B, L, H) -> images (B, 3, height, width), about [-1, 1], not clamped.

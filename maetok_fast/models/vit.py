@@ -47,17 +47,19 @@ class Block(nn.Module):
         first: int = 0,
         count: int | None = None,
         repeated: int | None = None,
+        index: Tensor | None = None,
     ) -> Tensor:
         """x (B, N, D) -> its tokens first .. first + count - 1 (None: all). Keys and values always come from all.
 
         repeated: the tokens prefix .. prefix + repeated - 1 are equal, and so normalised and projected once.
+        index (B, K) int64: the places of `rope` that the K tokens behind the prefix hold; None: all, in order.
         """
         pruned = count is not None and first + count < x.shape[1]
         shift1, scale1, shift2, scale2 = self.modulation(latents, not pruned)
         rows = x if repeated is None else torch.cat([x[:, : prefix + 1], x[:, prefix + repeated :]], dim=1)
         # offset 0: MoVQ's norm(x) * scale + shift, not 1 + scale; a plain norm has neither
         y = self.norm1(rows, shift1, scale1, offset=0.0)
-        y = self.attn(y, rope, prefix=prefix, first_query=first, num_queries=count, repeated=repeated)
+        y = self.attn(y, rope, prefix=prefix, first_query=first, num_queries=count, repeated=repeated, index=index)
         kept = x if count is None else x.narrow(1, first, count)
         x, y = self.ls1.normed(kept, drop_path(y, self.rate, self.training), self.norm2, shift2, scale2, offset=0.0)
         return self.ls2(x, drop_path(self.mlp(y), self.rate, self.training))

@@ -136,10 +136,10 @@ def _detect_maetok(f: Facts) -> dict[str, Any]:
     patch = f.shape("encoder.model.patch_embed.proj.weight", 4)[2]
     decoder_patch = f.shape("decoder.model.patch_embed.proj.weight", 4)[2]
     latent_dim = f.shape("post_quant_conv.weight", 2)[1]
-    if f.shape("quant_conv.weight", 2)[0] == 2 * latent_dim:
-        raise CheckpointError(
-            "quant_conv has twice the latent width: a KL autoencoder (mean and variance), not a MAETok"
-        )
+    # twice the latent width is mean and variance. `quantize.*` of public files is a rest that MAETok does not use
+    softvq = f.has("codebook.embedding.weight")
+    kl = f.shape("quant_conv.weight", 2)[0] == 2 * latent_dim
+    codebook = f.shape("codebook.embedding.weight", 2)[0] if softvq else None
     count = f.shape("encoder.latent_tokens", 3)[1] if f.has("encoder.latent_tokens") else 0
     # learned positions, so that their number shows, and not their arrangement
     size = f.grid("image_size", "image_size", f.shape("encoder.model.pos_embed", 3)[1] - 1, patch, None)
@@ -185,6 +185,8 @@ def _detect_maetok(f: Facts) -> dict[str, Any]:
         "decoder_cls_token": cls,
         "position": position,
         "mask_token": f.has("encoder.mask_token"),
+        "bottleneck": "kl" if kl else "softvq" if softvq else "ae",
+        "codebook_size": codebook,
         **{field: f.unshown(field, f.number(key), default) for field, key, default in _HIDDEN},
     }
 
@@ -215,6 +217,8 @@ def _export_maetok(config: Any) -> dict[str, Any]:
         "vq_mean": config.latent_mean,
         "vq_std": config.latent_std,
     }
+    if config.codebook_size is not None:
+        out["codebook_size"] = config.codebook_size
     for half, size, suffix in (
         ("encoder", config.encoder, ".lvd142m"),
         ("decoder", config.decoder, "_movq2" if movq else ".lvd142m"),
