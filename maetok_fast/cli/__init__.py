@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import bench, convert, demo_weights, doctor, images, sample
+from . import bench, convert, demo_weights, doctor, images, sample, train
 
 __all__ = ["app", "main"]
 
@@ -21,6 +21,7 @@ for _command in (images.reconstruct, images.encode, images.decode):
     app.command(_command.__name__)(_command)
 app.command("convert")(convert.convert)
 app.command("demo-weights")(demo_weights.demo_weights)
+app.add_typer(train.app, name="train")
 app.add_typer(bench.app, name="bench")
 
 

@@ -17,11 +17,13 @@ __all__ = ["barrier", "device", "in_a_sentence", "processes", "progress"]
 
 
 @contextlib.contextmanager
-def in_a_sentence() -> Iterator[None]:
-    """What a user can mend ends the command with its message and exit status 2, not with a traceback."""
+def in_a_sentence(*also: type[Exception]) -> Iterator[None]:
+    """What a user can mend ends the command with its message and exit status 2, not with a traceback. also: errors of
+    the command's own."""
+    mended: tuple[type[Exception], ...] = (ValueError, TypeError, OSError, ImportError, *also)
     try:
         yield
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except mended as error:
         typer.echo(f"maetok-fast: {error}", err=True)
         raise typer.Exit(2) from None
 

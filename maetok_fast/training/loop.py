@@ -1,0 +1,403 @@
+# Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
+"""The loop of every stage. It knows networks, batches and files; what a step computes is the stage's (`Stage`).
+
+    batch ── stage.backward, part by part ── clip, step where finite ── average ── log, pictures, validation, checkpoint
+                  nothing here asks the device for a value, but the log, once every `log_every` steps
+
+    <out>/config.yaml environment.json log.jsonl tensorboard/ samples/ checkpoints/ unreadable.jsonl report.html
+
+Started again with the same command, a run goes on from its newest checkpoint: on a CPU bit for bit, with as many
+processes as before; with another number of them the same images in the same order, and other random numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from maetok_fast.data.loader import Batch, Batches
+from maetok_fast.layers import EMA
+from maetok_fast.training.checkpoints import Checkpoints, TrainingError, load_tensors, save_tensors, write_json
+from maetok_fast.training.configs import Run
+from maetok_fast.training.optim import GuardedAdamW, learning_rate, parameter_groups
+from maetok_fast.training.state import load_module, module_state, random_state, restore_random_state, whole
+from maetok_fast.training.world import World
+
+if TYPE_CHECKING:
+    from maetok_fast.training.observe import Observer
+
+__all__ = ["Loop", "Network", "Stage"]
+
+log = logging.getLogger("maetok_fast")
+
+
+@dataclass
+class Network:
+    """What one optimizer trains. blocks: sharded and checkpointed one by one. first: the first step at which it is
+    trained. rate: its learning rate over the run's. shard: whether FSDP may. called: the wrapped module."""
+
+    name: str
+    module: nn.Module
+    blocks: list[nn.Module] = field(default_factory=list)
+    first: int = 0
+    rate: float = 1.0
+    shard: bool = True
+    called: Any = None
+    optimizer: Any = None
+
+
+class Stage(Protocol):
+    """What a step computes. `averaged` is the module whose trainable parameters the EMA follows."""
+
+    networks: list[Network]
+
+    @property
+    def averaged(self) -> nn.Module: ...
+
+    def begin(self, world: World) -> None:
+        """Everything is on its device and wrapped."""
+
+    def backward(self, batch: Batch, step: int, part: int, parts: int) -> dict[str, Tensor]:
+        """Adds the gradients of this part of a step (of `parts`); what the log shows, scalars on the device."""
+        ...
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """images (B, 3, H, W) in [-1, 1] through the averaged module's model, for pictures and validation."""
+        ...
+
+    def save_average(self, folder: Path, average: dict[str, Tensor]) -> None:
+        """Writes the averaged model as its users load it."""
+
+    def load_average(self, folder: Path) -> dict[str, Tensor]:
+        """What `save_average` was given."""
+        ...
+
+
+Validation = Callable[[], Iterator[Tensor]]  # images (B, 3, H, W) in [-1, 1] of this rank, in one order every time
+
+
+class Loop:
+    """One run. `fit` trains until `run.loop.steps`, from the newest checkpoint in `run.out` on."""
+
+    def __init__(
+        self,
+        run: Run,
+        stage: Stage,
+        world: World,
+        batches: Callable[[int, dict[str, str]], Batches],
+        validation: Validation | None,
+        observer: Callable[[int], Observer],
+        fingerprint: str = "",
+    ) -> None:
+        """batches(part, unreadable): the endless batches from that part of a step on (step * accumulate), knowing the
+        files that this rank could not read so far. observer(step): the one
+        that shows the run from a step on. fingerprint: of the data, which a run that goes on must find again."""
+        self.run, self.stage, self.world, self.fingerprint = run, stage, world, fingerprint
+        self.out = Path(run.out)
+        self.make_batches, self.validation, self.make_observer = batches, validation, observer
+        self.checkpoints = Checkpoints(self.out / "checkpoints", run.loop.keep, world)
+        self.step, self.skipped, self._bad = 0, 0, 0
+        self._saved: int | None = None
+        self._unreadable: dict[str, str] = {}
+        self._random: dict[str, Tensor] = {}  # to go on with
+        self._asked_to_stop = False
+        self._ids: list[tuple[int, list[int]]] = []
+        torch.manual_seed(run.loop.seed + 1_000_003 * world.rank)
+        for network in stage.networks:
+            network.module.to(world.device)
+            if run.loop.checkpointing:
+                _checkpoint_activations(network.blocks)
+            network.called = world.wrap(network.module, network.blocks, network.shard)
+            groups = parameter_groups([("", network.module)], run.optimizer.weight_decay)
+            network.optimizer = GuardedAdamW(groups, run.optimizer, network.rate)
+        self.ema = EMA(stage.averaged, run.ema.decay)
+        if run.ema.dtype == "bf16":
+            self.ema.to(torch.bfloat16)
+        stage.begin(world)
+
+    # ---- training ----
+
+    def fit(self) -> Path:
+        """The newest checkpoint's folder. TrainingError where the run cannot go on."""
+        newest = self.checkpoints.newest()
+        if newest is not None:
+            self._resume(newest)
+        loop = self.run.loop
+        observer = self.make_observer(self.step)
+        self.batches = batches = self.make_batches(self.step * loop.accumulate, self._unreadable)
+        with self._signals(), batches, contextlib.closing(observer):
+            if self._random:  # at last: nothing may draw between this and the step
+                restore_random_state(self._random, self.world.device)
+            pending: list[dict[str, Tensor]] = []
+            waited, since, aside = batches.waited, time.perf_counter(), 0.0
+            while self.step < loop.steps and not self._asked_to_stop:
+                pending.append(self._one_step(batches))
+                self.step += 1
+                observer.step(1)
+                if self.step % loop.log_every == 0 or self.step == loop.steps:
+                    values, pending = self._read(pending), []
+                    seconds = time.perf_counter() - since - aside
+                    data = batches.waited - waited
+                    observer.record(self.step, values, seconds=seconds, waited=data, unreadable=len(batches.unreadable))
+                    waited, since, aside = batches.waited, time.perf_counter(), 0.0
+                begun = time.perf_counter()
+                if self._due(loop.picture_every):
+                    self._picture(observer)
+                if self._due(loop.validate_every):
+                    self._validate(observer)
+                if self._due(loop.checkpoint_every):
+                    self.save()
+                aside += time.perf_counter() - begun  # no part of the steps' time
+            return self.save()
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and (self.step % every == 0 or self.step == self.run.loop.steps)
+
+    def _one_step(self, batches: Batches) -> dict[str, Tensor]:
+        run, parts = self.run, self.run.loop.accumulate
+        active = [n for n in self.stage.networks if self.step >= n.first]
+        for network in self.stage.networks:
+            network.module.train()
+        values: dict[str, Tensor] = {}
+        for part in range(parts):
+            batch = next(batches)
+            self._ids.append((self.step, list(batch.indices)))
+            with contextlib.ExitStack() as stack:
+                for network in active:
+                    stack.enter_context(self.world.without_sync(network.called, part + 1 < parts))
+                for name, value in self.stage.backward(batch, self.step, part, parts).items():
+                    values[name] = values[name] + value if name in values else value
+        values = {name: value / parts for name, value in values.items()} if parts > 1 else values
+        rate = learning_rate(run.optimizer, self.step, run.loop.steps, run.loop.batch)
+        finite_all: Tensor | None = None
+        for network in active:
+            norm, finite = network.optimizer.step(rate)
+            values[f"gradient/{network.name}"] = norm
+            finite_all = finite if finite_all is None else finite_all & finite
+            network.optimizer.zero_grad()
+            if network is self.stage.networks[0]:
+                self.ema.update(self.stage.averaged, 1 - (1 - self.ema.decay) * finite.double())
+        assert finite_all is not None
+        values["finite"] = finite_all.float()
+        return values
+
+    def _read(self, pending: list[dict[str, Tensor]]) -> dict[str, float]:
+        """Means over the steps since the last log, in one copy to the host; bad steps are counted and their samples
+        written down. TrainingError after too many of them one after the other."""
+        names = list(dict.fromkeys(name for values in pending for name in values))
+        missing = torch.full((), float("nan"), device=self.world.device)
+        rows = torch.stack([torch.stack([v.get(n, missing).float().flatten()[0] for n in names]) for v in pending])
+        table = self.world.mean(rows).cpu()
+        finite = table[:, names.index("finite")] > 0.999  # on every rank
+        self._count_bad(finite.tolist(), len(pending))
+        good = table[finite]
+        found = {n: _mean(good[:, i]) for i, n in enumerate(names) if n != "finite"}
+        found["learning_rate"] = learning_rate(
+            self.run.optimizer, self.step - 1, self.run.loop.steps, self.run.loop.batch
+        )
+        found["skipped_steps"] = float(self.skipped)
+        return found
+
+    def _count_bad(self, finite: list[bool], count: int) -> None:
+        first = self.step - count
+        for step, good in zip(range(first, self.step), finite):
+            self._bad = 0 if good else self._bad + 1
+            if good:
+                continue
+            self.skipped += 1
+            samples = [i for s, ids in self._ids if s == step for i in ids]
+            path = self.out / "nonfinite.jsonl"
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, "rank": self.world.rank, "samples": samples}) + "\n")
+            if self.world.main:
+                log.warning(
+                    "step %d: the gradient is not finite; the step was skipped, its samples are in %s", step, path
+                )
+            if self._bad >= self.run.loop.max_bad_steps:
+                raise TrainingError(
+                    f"the gradients of {self._bad} steps one after the other, up to step {step}, were not finite: "
+                    f"lower optimizer.learning_rate or use loop.precision=fp32; the samples are in {path}, and the "
+                    f"newest checkpoint is {self.checkpoints.newest() or 'none'}"
+                )
+        self._ids.clear()
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM, as a cluster sends it before it takes the machine: the step is finished and a checkpoint written.
+        With several processes all have to be told at once, so that there the signal does what it always does."""
+
+        def stop(signum: int, frame: Any) -> None:
+            self._asked_to_stop = True
+
+        try:
+            before = signal.signal(signal.SIGTERM, stop) if self.world.size == 1 else None
+        except ValueError:  # not in the main thread
+            before = None
+        try:
+            yield
+        finally:
+            if before is not None:
+                signal.signal(signal.SIGTERM, before)
+
+    # ---- what is looked at ----
+
+    def _examples(self) -> Iterator[Tensor]:
+        if self.validation is not None:
+            for images in self.validation():
+                yield images.to(self.world.device)
+
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The averaged weights, in eval mode, without gradients; random numbers go on as if nothing had happened."""
+        modules = [network.module for network in self.stage.networks]
+        state = random_state(self.world.device)
+        for module in modules:
+            module.eval()
+        with torch.no_grad(), self.ema.swapped(self.stage.averaged):
+            yield
+        restore_random_state(state, self.world.device)
+
+    def _picture(self, observer: Observer) -> None:
+        with self._averaged():
+            for images in self._examples():
+                images = images[:8]
+                result = self.stage.reconstruct(images)
+                observer.picture(self.step, images, result)
+                break
+
+    def _validate(self, observer: Observer) -> None:
+        """PSNR of the averaged model on the validation images, 8-bit pixels; the best checkpoint is the highest's."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
+        with self._averaged():
+            for images in self._examples():
+                levels = [
+                    (x.float() + 1).mul(127.5).round().clamp(0, 255) for x in (images, self.stage.reconstruct(images))
+                ]
+                mse = (levels[0] - levels[1]).square().mean((1, 2, 3)).double().clamp_min(1e-10)
+                sums += torch.stack([(10 * torch.log10(255.0**2 / mse)).sum(), mse.new_tensor(len(mse))])
+        total, count = self.world.sum(sums).tolist()
+        if not count:
+            return
+        psnr = total / count
+        observer.record(self.step, {"validation/psnr": psnr})
+        best = self.checkpoints.best()
+        if psnr > best.get("psnr", float("-inf")):
+            self.save()
+            if self.world.main:
+                self.checkpoints.mark_best(self.step, psnr=psnr)
+            self.world.barrier()
+
+    # ---- checkpoints ----
+
+    def save(self) -> Path:
+        """A checkpoint of the state as it is now, unless there is one."""
+        if self._saved != self.step:
+            self.checkpoints.write(self.step, self._write)
+            self._saved = self.step
+        return self.checkpoints.path(self.step)
+
+    def _write(self, folder: Path) -> None:
+        networks: dict[str, Tensor] = {}
+        moments: dict[str, Tensor] = {}
+        for network in self.stage.networks:
+            networks |= whole({f"{network.name}.{k}": v for k, v in module_state(network.module).items()})
+            moments |= whole({f"{network.name}.{k}": v for k, v in network.optimizer.state().items()})
+        average = whole(self.ema.average)
+        rank = f"rank_{self.world.rank:05d}"
+        save_tensors(folder / f"{rank}.safetensors", random_state(self.world.device))
+        write_json(folder / f"{rank}.json", {"unreadable": self.batches.unreadable})
+        if not self.world.main:
+            return
+        save_tensors(folder / "networks.safetensors", networks)
+        save_tensors(folder / "optimizer.safetensors", moments)
+        self.stage.save_average(folder / "tokenizer", average)
+        write_json(
+            folder / "state.json",
+            {
+                "step": self.step,
+                "world": self.world.size,
+                "updates": self.ema.updates,
+                "skipped": self.skipped,
+                "bad": self._bad,
+                "data": self.fingerprint,
+            },
+        )
+
+    def _resume(self, folder: Path) -> None:
+        try:
+            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            self.step, saved = int(state["step"]), int(state["world"])
+        except (OSError, ValueError, KeyError) as error:
+            raise TrainingError(f"cannot read {folder / 'state.json'}: {error}; remove {folder}") from error
+        if self.fingerprint and state.get("data") and state["data"] != self.fingerprint:
+            raise TrainingError(
+                f"data.path holds other images than those that {folder} was trained on, so that it cannot go on at the "
+                f"same place; put them back, or begin a new run (out=...) with start={folder / 'tokenizer'}"
+            )
+        networks, moments = (
+            load_tensors(folder / "networks.safetensors"),
+            load_tensors(folder / "optimizer.safetensors"),
+        )
+        try:
+            for network in self.stage.networks:
+                load_module(network.module, _under(networks, network.name))
+                network.optimizer.load(_under(moments, network.name))
+            average = self.stage.load_average(folder / "tokenizer")
+            self.ema.load_state_dict(
+                {"decay": self.run.ema.decay, "updates": state["updates"], "average": _sharded_like(self.ema, average)}
+            )
+        except KeyError as error:
+            raise TrainingError(f"{folder} is of another configuration: {error.args[0]}") from error
+        self.skipped, self._bad = state.get("skipped", 0), state.get("bad", 0)
+        rank = f"rank_{self.world.rank:05d}"
+        if saved == self.world.size:
+            self._random = load_tensors(folder / f"{rank}.safetensors")
+            self._unreadable = json.loads((folder / f"{rank}.json").read_text(encoding="utf-8"))["unreadable"]
+        else:
+            torch.manual_seed(self.run.loop.seed + 1_000_003 * self.world.rank + 7 * self.step)
+            if self.world.main:
+                log.warning(
+                    "%s was written by %d process(es), this run has %d: the same images, other random numbers",
+                    folder, saved, self.world.size,
+                )  # fmt: skip
+        self._saved = self.step
+        if self.world.main:
+            log.info("going on from %s", folder)
+
+
+def _mean(column: Tensor) -> float:
+    known = column[~column.isnan()]
+    return float(known.mean()) if len(known) else float("nan")
+
+
+def _under(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    return {key[len(name) + 1 :]: value for key, value in tensors.items() if key.startswith(f"{name}.")}
+
+
+def _sharded_like(ema: EMA, average: dict[str, Tensor]) -> dict[str, Tensor]:
+    from maetok_fast.training.state import like
+
+    missing = [name for name in ema.average if name not in average]
+    if missing:
+        raise KeyError(f"{missing[0]} is not in the checkpoint's tokenizer")
+    return {name: like(value, average[name].to(value.dtype)) for name, value in ema.average.items()}
+
+
+def _checkpoint_activations(blocks: list[nn.Module]) -> None:
+    """Each block keeps its input only and computes the rest again in the backward pass."""
+    import functools
+
+    from torch.utils.checkpoint import checkpoint
+
+    for block in blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)

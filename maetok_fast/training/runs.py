@@ -1,0 +1,177 @@
+# Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
+"""Runs by name: each a function that returns its whole configuration. A YAML file begins with one (`run: decoder_256`)
+and says what differs; `configs/` has one for each.
+
+    tokenizer_256, tokenizer_512     the paper's stage 1
+    decoder_256, decoder_512         its stage 2, from stage 1's tokenizer (start=)
+    mixed_resolution                 a 256 px tokenizer fine-tuned on 256 and 512 px
+    laptop_tokenizer, laptop_decoder a small tokenizer that two CPU cores train in minutes, without downloads
+    overfit                          MAETok-B's real shape on a handful of photographs, to see that it learns
+
+Facts: arXiv 2502.03444 and its public configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from maetok_fast import config
+from maetok_fast.config import ConfigError
+from maetok_fast.models.configs import MAETokConfig, ViTSize
+from maetok_fast.training.configs import (
+    AdversarialConfig,
+    AuxiliaryConfig,
+    DataConfig,
+    DecoderRun,
+    EMAConfig,
+    LoopConfig,
+    LossConfig,
+    MaskConfig,
+    OptimizerConfig,
+    Run,
+    TokenizerRun,
+)
+
+__all__ = ["RUNS", "read_run"]
+
+
+def _model(size: int) -> MAETokConfig:
+    return MAETokConfig(image_size=size, base_image_size=size, encoder_drop_path=0.05, decoder_drop_path=0.05)
+
+
+def tokenizer_256() -> TokenizerRun:
+    """Stage 1 at 256 px: 500 K steps of 512 images."""
+    return TokenizerRun(out="runs/tokenizer_256", model=_model(256))
+
+
+def tokenizer_512() -> TokenizerRun:
+    """Stage 1 at 512 px. A smaller batch fits; the learning rate follows it."""
+    return TokenizerRun(out="runs/tokenizer_512", model=_model(512), loop=LoopConfig(batch=256, checkpointing=True))
+
+
+def decoder_256() -> DecoderRun:
+    """Stage 2 at 256 px: 50 K steps in which the mask ratio falls from 60 % to 0 (linearly: ours, it is not stated)."""
+    return DecoderRun(
+        out="runs/decoder_256",
+        start="runs/tokenizer_256",
+        model=_model(256),
+        loss=LossConfig(perceptual_warmup=0),
+        adversarial=AdversarialConfig(start=0),
+        optimizer=OptimizerConfig(warmup=1_000),
+        loop=LoopConfig(steps=50_000),
+    )
+
+
+def decoder_512() -> DecoderRun:
+    """Stage 2 at 512 px."""
+    run = decoder_256()
+    loop = replace(run.loop, batch=256, checkpointing=True)
+    return replace(run, out="runs/decoder_512", start="runs/tokenizer_512", model=_model(512), loop=loop)
+
+
+def mixed_resolution() -> TokenizerRun:
+    """A 256 px tokenizer fine-tuned on both resolutions, one of them drawn for each step.
+
+    `model.position: absolute` for the comparison with learned positions."""
+    return TokenizerRun(
+        out="runs/mixed_resolution",
+        start="runs/tokenizer_256",
+        model=_model(256),
+        data=DataConfig(sizes=(256, 512)),
+        loss=LossConfig(perceptual_warmup=0),
+        adversarial=AdversarialConfig(start=0),
+        optimizer=OptimizerConfig(warmup=1_000),
+        loop=LoopConfig(steps=50_000, batch=256, checkpointing=True),
+    )
+
+
+def laptop_tokenizer() -> TokenizerRun:
+    """32 px, 32 latents of 16 channels, HOG alone as target, no network whose weights would have to be fetched."""
+    size = ViTSize(192, 4, 4)
+    return TokenizerRun(
+        out="runs/laptop_tokenizer",
+        model=MAETokConfig(
+            image_size=32, base_image_size=32, patch=4, num_latent_tokens=32, latent_dim=16, encoder=size, decoder=size
+        ),
+        data=DataConfig(path="fashion-mnist", flip=0.5, validation="fashion-mnist:test", validation_images=256),
+        auxiliary=AuxiliaryConfig(targets=("hog",), weights={"hog": 0.1}, size=ViTSize(96, 2, 4)),
+        loss=LossConfig(perceptual=0.0),
+        adversarial=AdversarialConfig(weight=0.0),
+        optimizer=OptimizerConfig(learning_rate=1e-3, scaled=False, warmup=100),
+        ema=EMAConfig(decay=0.99),
+        loop=LoopConfig(
+            steps=1_200, batch=64, log_every=20, picture_every=200, validate_every=400, checkpoint_every=200, keep=2
+        ),
+    )
+
+
+def laptop_decoder() -> DecoderRun:
+    """The laptop's stage 2."""
+    first = laptop_tokenizer()
+    return DecoderRun(
+        out="runs/laptop_decoder",
+        start="runs/laptop_tokenizer",
+        model=first.model,
+        data=first.data,
+        mask=MaskConfig(low=0.6, high=0.6, final=0.0, over=300),
+        loss=first.loss,
+        adversarial=first.adversarial,
+        optimizer=first.optimizer,
+        ema=first.ema,
+        loop=replace(first.loop, steps=600),
+    )
+
+
+def overfit() -> TokenizerRun:
+    """MAETok-B at 256 px on a few photographs, nothing but pixels: the loss has to fall."""
+    return TokenizerRun(
+        out="runs/overfit",
+        data=DataConfig(path="photographs", crop="center", flip=0.0, workers=0, validation="photographs"),
+        mask=MaskConfig(low=0.0, high=0.0),
+        auxiliary=AuxiliaryConfig(targets=()),
+        loss=LossConfig(perceptual=0.0),
+        adversarial=AdversarialConfig(weight=0.0),
+        optimizer=OptimizerConfig(learning_rate=3e-4, scaled=False, warmup=10, schedule="constant"),
+        ema=EMAConfig(decay=0.9),
+        loop=LoopConfig(
+            steps=100, batch=8, log_every=5, picture_every=50, validate_every=50, checkpoint_every=0, keep=1
+        ),
+    )
+
+
+RUNS: dict[str, Callable[[], Run]] = {
+    f.__name__: f
+    for f in (
+        tokenizer_256,
+        tokenizer_512,
+        decoder_256,
+        decoder_512,
+        mixed_resolution,
+        laptop_tokenizer,
+        laptop_decoder,
+        overfit,
+    )
+}
+STAGES: dict[str, type[Run]] = {"tokenizer": TokenizerRun, "decoder": DecoderRun}
+
+
+def read_run(stage: str, path: str | Path | None, overrides: Sequence[str] = ()) -> Run:
+    """The configuration of a stage ("tokenizer", "decoder"): a YAML file, a run's name (`RUNS`) or None for the stage's
+    defaults, with `overrides` over it. ConfigError where the file is of another stage, and as `config.read`."""
+    tree: dict[str, Any] = {}
+    name = f"{stage}_256"
+    if path is not None and str(path) in RUNS:
+        name = str(path)
+    elif path is not None:
+        tree = config.read_yaml(path)
+        name = tree.pop("run", name)
+    if name not in RUNS:
+        raise ConfigError(f"run: there is no run named {name!r}; expected one of {', '.join(RUNS)}")
+    base = RUNS[name]()
+    if type(base) is not STAGES[stage]:
+        right = next(s for s, kind in STAGES.items() if kind is type(base))
+        raise ConfigError(f"{path}: {name} is a run of the stage {right}: maetok-fast train {right} --config {path}")
+    return config.read(base, tree, overrides)
