@@ -77,6 +77,16 @@ def test_softvq_is_its_formula() -> None:
     torch.testing.assert_close(loss, expected, atol=1e-4, rtol=1e-4)
 
 
+def test_softvq_is_as_sure_under_autocast() -> None:
+    layer, h = SoftVQ(50, 6), torch.randn(2, 5, 6).bfloat16()
+    latents, loss = layer(h.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        low, low_loss = layer(h)
+    assert low.dtype == torch.bfloat16
+    assert torch.equal(low, latents.bfloat16())
+    assert torch.equal(low_loss, loss)
+
+
 def test_softvqs_loss_wants_sure_tokens_and_all_codes() -> None:
     layer = SoftVQ(4, 4)
     layer.embedding.weight.data.copy_(torch.eye(4))

@@ -66,7 +66,7 @@ def small_run(out: Path, images: Path, **loop: Any) -> TokenizerRun:
         data=DataConfig(path=str(images), workers=0, decoder="pil"),
         auxiliary=AuxiliaryConfig(targets=("hog",), size=ViTSize(32, 1, 2)),
         loss=LossConfig(perceptual=0.0),
-        adversarial=AdversarialConfig(start=5, discriminator="patchgan"),
+        adversarial=AdversarialConfig(start=5, discriminator="maskbit"),
         optimizer=OptimizerConfig(learning_rate=1e-3, scaled=False, warmup=3),
         ema=EMAConfig(decay=0.9),
         loop=LoopConfig(**{**settings, **loop}),
@@ -121,8 +121,8 @@ def kill(children: list[int]) -> None:
 
 
 def crash(folder: Path, kills: int = 10, seed: int = 0) -> None:
-    """The same run twice: `whole` undisturbed, `killed` with both processes killed `kills` times, while they start, train
-    and write a checkpoint. Prints at which checkpoints it was left, and how."""
+    """The same run twice: `whole` undisturbed, `killed` killed `kills` times, while its two
+    processes start, train, and write a checkpoint. Prints at which checkpoints it was left, and how."""
     import maetok_fast.training.build  # noqa: F401
 
     images = write_images(folder / "images")

@@ -5,6 +5,10 @@
     sit.py           SiT, latents -> velocity
     lightningdit.py  LightningDiT, the same with RMSNorm, SwiGLU and RoPE
     checkpoints/     the public checkpoint layouts: read, check, write, push
+    bottlenecks.py   what may stand between encoder and decoder: ae, kl, softvq
+    auxiliary.py     decoders of other targets than pixels, in training
+    perceptual.py    LPIPS
+    discriminators/  patchgan, maskbit, stylegan, dino
     catalog.py       the table behind `create(name)`, `presets()`; `load_generator`
 
 Names are resolved on first use (PEP 562), so importing this package costs nothing.
@@ -16,6 +20,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from maetok_fast.models.auxiliary import AuxiliaryDecoders as AuxiliaryDecoders
+    from maetok_fast.models.auxiliary import CaptionDecoder as CaptionDecoder
     from maetok_fast.models.catalog import create as create
     from maetok_fast.models.catalog import load_generator as load_generator
     from maetok_fast.models.catalog import presets as presets
@@ -24,13 +30,18 @@ if TYPE_CHECKING:
     from maetok_fast.models.configs import MAETokConfig as MAETokConfig
     from maetok_fast.models.configs import SiTConfig as SiTConfig
     from maetok_fast.models.configs import ViTSize as ViTSize
+    from maetok_fast.models.discriminators import create_discriminator as create_discriminator
     from maetok_fast.models.lightningdit import LightningDiT as LightningDiT
+    from maetok_fast.models.perceptual import LPIPS as LPIPS
     from maetok_fast.models.sit import Modulations as Modulations
     from maetok_fast.models.sit import SiT as SiT
     from maetok_fast.models.tokenizer import MAETok as MAETok
 
 _HOME = {
+    "AuxiliaryDecoders": "auxiliary",
+    "CaptionDecoder": "auxiliary",
     "CheckpointError": "checkpoints",
+    "LPIPS": "perceptual",
     "LightningDiT": "lightningdit",
     "LightningDiTConfig": "configs",
     "MAETok": "tokenizer",
@@ -40,6 +51,7 @@ _HOME = {
     "SiTConfig": "configs",
     "ViTSize": "configs",
     "create": "catalog",
+    "create_discriminator": "discriminators",
     "load_generator": "catalog",
     "presets": "catalog",
 }

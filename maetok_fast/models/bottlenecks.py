@@ -46,11 +46,13 @@ class SoftVQ(nn.Module):
         nn.init.normal_(self.embedding.weight)
 
     def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        codes = F.normalize(self.embedding.weight, dim=-1)
-        similarity = F.normalize(h, dim=-1) @ codes.T.to(h.dtype)
-        wide = similarity.to(torch.promote_types(torch.float32, h.dtype))
-        latents = (wide / self.tau).softmax(-1).to(h.dtype) @ codes.to(h.dtype)
-        return latents, self.entropy_loss(similarity.float())
+        wide = torch.promote_types(torch.float32, h.dtype)
+        # a cosine rounded to bf16 and divided by a temperature of .01 would be off by 0.4
+        with torch.autocast(h.device.type, enabled=False):
+            codes = F.normalize(self.embedding.weight.to(wide), dim=-1)
+            similarity = F.normalize(h.to(wide), dim=-1) @ codes.T
+            latents = (similarity / self.tau).softmax(-1) @ codes
+            return latents.to(h.dtype), self.entropy_loss(similarity.float())
 
     def entropy_loss(self, similarity: Tensor) -> Tensor:
         """Mean entropy of the tokens' distributions over the codes, minus the entropy of their mean: low where each
