@@ -37,6 +37,7 @@ from benchmarks.baselines.training import SCALES, PublicStep
 from maetok_fast._optional import probe
 from maetok_fast.bench.machine import DTYPES, describe, headline, matmul
 from maetok_fast.bench.timing import PeakMemory, Spread, held_bytes, rounds
+from maetok_fast.training.teachers import chosen_precision
 
 SIDES = ("ours", "public")
 CEILING, REST = "matmul", "the rest"
@@ -49,6 +50,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--batch", type=_cli.count, default=2, help="images a step (default 2)")
     add("--size", type=_cli.count, default=256, help="of the images in pixels, a multiple of 16 (default 256)")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="default: the fastest at full rate here")
+    add("--teachers", choices=["auto", "fp32", "bf16", "int8"], default="auto", help="precision of ours (default auto)")
     add("--step-number", type=int, default=15_000, help="which step of the run (default 15000, before the "
         "discriminator's start at 30000)")  # fmt: skip
     add("--rounds", type=_cli.count, default=5, help="timed steps of each side (default 5)")
@@ -139,7 +141,9 @@ def our_run(args: argparse.Namespace, device: torch.device) -> Any:
         run,
         model=replace(run.model, image_size=args.size, base_image_size=args.size, encoder=vit, decoder=vit),
         auxiliary=replace(run.auxiliary, targets=("hog", *teachers), size=auxiliary),
-        teachers=replace(run.teachers, weights=dict.fromkeys(teachers, "random"), statistics="public"),
+        teachers=replace(
+            run.teachers, weights=dict.fromkeys(teachers, "random"), precision=args.teachers, statistics="public"
+        ),
         loss=replace(run.loss, vgg="random"),
         adversarial=replace(run.adversarial, weights="random"),
         loop=replace(run.loop, batch=args.batch, precision=args.precision, device=str(device)),
@@ -198,7 +202,7 @@ def memory_of(side: str, args: argparse.Namespace, device: torch.device) -> dict
 def measure_memory(side: str, args: argparse.Namespace) -> dict[str, Any]:
     """`memory_of` in a process of its own; {"side", "error"} where that failed."""
     command = [sys.executable, __file__, "--memory", side]
-    for option in ("batch", "size", "precision", "step_number", "scale", "device"):
+    for option in ("batch", "size", "precision", "teachers", "step_number", "scale", "device"):
         command += [f"--{option.replace('_', '-')}", str(getattr(args, option))]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
@@ -280,7 +284,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     sides = SIDES if args.side is None else (args.side,)
     machine = describe(device)
-    print(f"{headline(machine)}; {args.precision}, teachers: ours {_cli.dtype('auto', device)}, public fp32")
+    teachers = chosen_precision(args.teachers, device)[0]
+    print(f"{headline(machine)}; {args.precision}, teachers: ours {teachers}, public fp32")
     print(f"stage 1, {args.scale} sizes, {args.size} px, batch {args.batch}, step {args.step_number}", flush=True)
     # the memory first: nothing of it is held while the clock runs
     memory = {side: measure_memory(side, args) for side in sides}

@@ -87,7 +87,7 @@ def test_mappings_of_names_are_merged() -> None:
         ("optimizer.betas=[0.9, 1.0]", "optimizer.betas must lie in [0, 1)"),
         ("optimizer.learning_rate=.nan", "learning_rate must be finite"),
         ("ema.dtype=bf16", "bf16 cannot hold an average of decay 0.9999"),
-        ("auxiliary.weights.sift=1", "auxiliary.weights names sift, which is none of its targets"),
+        ("auxiliary.weights.sift=1", "auxiliary.weights names sift, which is none of hog, dino, clip"),
     ],
 )
 def test_what_is_wrong_is_named(override: str, said: str) -> None:

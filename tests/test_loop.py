@@ -110,7 +110,7 @@ def loop_of(run: TokenizerRun, stage: Toy, seen: Seen | None = None, validate: b
         for i in range(2):
             yield torch.linspace(-1, 1, 2 * 48).reshape(2, 3, 4, 4) * (1 - i)
 
-    return Loop(run, stage, world, batches, validation if validate else None, lambda step: seen or Seen(), "f")
+    return Loop(run, stage, world, batches, validation, validate, lambda step: seen or Seen(), "f")
 
 
 def final(path: Path) -> dict[str, bytes]:

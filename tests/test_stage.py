@@ -223,6 +223,32 @@ def test_captions_are_a_target_too() -> None:
     assert [n for n, p in stage.model.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
+def test_masks_follow_a_teachers_saliency() -> None:
+    pytest.importorskip("timm")
+    run = run_of(*NO_DROP, "auxiliary.targets=[hog, test_vit]", "mask.semantic=true", "mask.temperature=1e-6",
+                 "mask.low=0.25", "mask.high=0.25", "model.patch=16", "model.encoder.depth=1")  # fmt: skip
+    run = replace(run, teachers=replace(run.teachers, weights={"test_vit": "random"}))
+    stage, batch = stage_of(run), batch_of(size=64)
+    seen: list[Tensor] = []
+    stage.model.register_forward_pre_hook(lambda module, args: seen.append(args[1]))
+    values = stage.backward(batch, 0, 0, 1)
+    features = F.normalize(stage.targets.compute(batch.images)["test_vit"].float(), dim=-1)
+    saliency = (features * features.mean(1, keepdim=True)).sum(-1)
+    expected = saliency.argsort(1, descending=True).argsort(1) < 4  # the four of sixteen that show the most
+    assert torch.equal(seen[0], expected)
+    assert 0 < values["test_vit"] < 2
+
+
+def test_a_compiled_stage_computes_the_same() -> None:
+    run = run_of(*NO_DROP, "model.encoder.depth=1", "model.decoder.depth=1")
+    plain, compiled = stage_of(run), stage_of(run)
+    compiled.networks[0].called.compile(backend="aot_eager")
+    for stage in (plain, compiled):
+        stage.backward(batch_of(), 0, 0, 1)
+    for (name, a), (_, b) in zip(gradients(plain.model).items(), gradients(compiled.model).items(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5 * a.abs().max().item() + 1e-8, rtol=1e-3, msg=name)
+
+
 def test_semantic_masks_need_a_teacher() -> None:
     with pytest.raises(ConfigError, match="add dino to auxiliary"):
         make_stage(run_of("mask.semantic=true"), torch.device("cpu"))

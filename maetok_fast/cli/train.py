@@ -55,5 +55,8 @@ def _train(stage: str, config: str, overrides: list[str] | None, show: bool, run
 
     with _said.in_a_sentence(TrainingError):
         newest = train(run, quiet=quiet)
-        out = Path(run.out)
-        typer.echo(f"trained {run.loop.steps} steps: {newest / 'tokenizer'}, {out / 'report.html'}")
+        step, report = int(newest.name), Path(run.out) / "report.html"
+        if step < run.loop.steps:
+            typer.echo(f"stopped at step {step} of {run.loop.steps}; the same command goes on: {report}")
+        else:
+            typer.echo(f"trained {step} steps: {newest / 'tokenizer'}, {report}")

@@ -11,12 +11,15 @@ the same and the pixels DALI's.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
 import math
+import multiprocessing.util  # noqa: F401
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -28,7 +31,7 @@ from torch.utils.data import DataLoader
 from maetok_fast.checks import check_number, check_positive
 from maetok_fast.data.dali import Dali
 from maetok_fast.data.decode import resolve
-from maetok_fast.data.images import load_image
+from maetok_fast.data.images import ImageError, load_image
 from maetok_fast.data.order import Order, batch_positions
 from maetok_fast.data.reader import Raw, Reader, Request, render_packed, to_range
 from maetok_fast.data.samples import DataError, Source
@@ -37,6 +40,16 @@ from maetok_fast.data.views import SIZE, View, rng_of
 __all__ = ["Batch", "Batches", "WorkerError", "validation_batches"]
 
 PREFETCH = 2  # batches of each worker
+_OPEN: weakref.WeakSet[Batches] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Before multiprocessing's own, which registered earlier, and would wait for workers that ignore SIGTERM."""
+    for batches in list(_OPEN):
+        batches.close()
+
+
 SHOWN = 3  # unreadable samples that a message names
 
 
@@ -193,6 +206,7 @@ class Batches:
         if self._raws is None:
             self._requests.step = self.step
             self._raws = iter(self._loader)
+            _OPEN.add(self)
         try:
             return next(self._raws)
         except (RuntimeError, EOFError, OSError) as error:
@@ -275,8 +289,10 @@ def _same(raw: Raw) -> Raw:
 
 
 def _start_worker(number: int) -> None:
-    # Ctrl-C is the main process's to answer: it may want to save what it has, and ends its workers itself
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C, and a cluster's SIGTERM to all of a job's processes, are the main process's to answer: it may want to save
+    # what it has, and ends its workers itself
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 
@@ -290,16 +306,27 @@ def validation_batches(
     rank: int = 0,
     world: int = 1,
     device: torch.device | str = "cpu",
+    passed_over: Callable[[str, str], None] | None = None,
 ) -> Iterator[Batch]:
     """The first `limit` samples once, in order, as evaluation reads them: `load_image`, fp32 in [-1, 1]; the last batch
-    is smaller. Ranks take every world-th sample. ImageError at the first one that cannot be read."""
+    is smaller. Ranks take every world-th sample. ImageError at the first one that cannot be read; with `passed_over`,
+    which is told its name and why, the batch has one less, and is left out where it would have none."""
     check_positive("validation_batches", batch=batch, world=world)
     count = len(source) if limit is None else min(limit, len(source))
     mine = range(rank, count, world)
     load = functools.partial(load_image, resolution=size, crop=crop)
     for step, first in enumerate(range(0, len(mine), batch)):
-        indices = tuple(mine[first : first + batch])
-        images = torch.stack([load(source.name(i), content=source.read(i)) for i in indices])
+        found: dict[int, Tensor] = {}
+        for i in mine[first : first + batch]:
+            try:
+                found[i] = load(source.name(i), content=source.read(i))
+            except ImageError as error:
+                if passed_over is None:
+                    raise
+                passed_over(source.name(i), str(error))
+        if not found:
+            continue
+        indices, images = tuple(found), torch.stack(list(found.values()))
         labels = torch.tensor([source.label(i) for i in indices]) if source.labelled else None
         captions = tuple(source.caption(i) or "" for i in indices) if source.captioned else None
         yield Batch(images.to(device), None if labels is None else labels.to(device), captions, indices, 0, step)

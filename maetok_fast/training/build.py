@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from maetok_fast import config
 from maetok_fast.bench.machine import describe
 from maetok_fast.config import ConfigError
+from maetok_fast.data.sources import Source, open_source
 from maetok_fast.models import MAETok
 from maetok_fast.precision import resolve, to_fp8
-from maetok_fast.training.checkpoints import Checkpoints, TrainingError, make_run_folder, write_json
+from maetok_fast.training.checkpoints import Checkpoints, TrainingError, make_run_folder, write_json, write_text
 from maetok_fast.training.configs import Run
 from maetok_fast.training.tokenizer import TokenizerStage
 from maetok_fast.training.world import World, local_batch
@@ -30,6 +31,8 @@ from maetok_fast.training.world import World, local_batch
 __all__ = ["make_stage", "make_tokenizer", "train"]
 
 log = logging.getLogger("maetok_fast")
+
+PICTURED = 8  # images in a picture
 
 # what a run that goes on may change: how far and where it runs and what it shows, but not what it computes
 _CHANGEABLE = (
@@ -92,11 +95,23 @@ def make_stage(run: Run, device: torch.device, tokenizer: MAETok | None = None) 
     """The stage with every network that it needs, and none that it does not. Errors name a weight that is missing and
     how to get it."""
     precision = resolve(run.loop.precision, device)
+    if precision.name == "fp16":
+        raise ConfigError("loop.precision=fp16: its gradients would need loss scaling; use bf16, or auto")
     tokenizer = make_tokenizer(run) if tokenizer is None else tokenizer
     if precision.name == "fp8":
         log.info("%s", to_fp8(tokenizer))
     torch.manual_seed(run.loop.seed + 1)
     return TokenizerStage(run, tokenizer, precision, _targets(run, device), _perceptual(run), _discriminator(run))
+
+
+def _size(run: Run) -> int:
+    """Pixels of a training image. ConfigError where a patch does not divide one of the resolutions."""
+    size = run.data.size or max(run.model.size)
+    for side in run.data.sizes or (size,):
+        for patch in (run.model.patch, run.model.out_patch):
+            if side < 1 or side % patch:
+                raise ConfigError(f"data.size, data.sizes: {side} px is no multiple of the model's patch of {patch} px")
+    return size
 
 
 def _targets(run: Run, device: torch.device) -> Any:
@@ -142,8 +157,7 @@ def train(run: Run, *, quiet: bool = False) -> Path:
 
     ConfigError, DataError, CheckpointError and TrainingError say in a sentence what has to be changed.
     """
-    from maetok_fast.data.loader import Batches, validation_batches
-    from maetok_fast.data.sources import open_source
+    from maetok_fast.data.loader import Batches
     from maetok_fast.data.views import View
     from maetok_fast.training.loop import Loop
     from maetok_fast.training.observe import Observer
@@ -159,7 +173,7 @@ def train(run: Run, *, quiet: bool = False) -> Path:
         source = open_source(run.data.path)
         _prepare_folder(run, out, world)
         stage = make_stage(run, world.device)
-        size = run.data.size or max(run.model.size)
+        size = _size(run)
         view = View(size, run.data.crop, run.data.low, run.data.high, flip=run.data.flip)
 
         def batches(start: int, unreadable: dict[str, str]) -> Batches:
@@ -170,28 +184,46 @@ def train(run: Run, *, quiet: bool = False) -> Path:
                 unreadable=unreadable, captions="caption" in run.auxiliary.targets,
             )  # fmt: skip
 
-        shown = open_source(run.data.validation) if run.data.validation else None
-
-        def validation() -> Iterator[Tensor]:
-            assert shown is not None
-            found = validation_batches(
-                shown, size, "center", min(batch, 16), run.data.validation_images, rank=world.rank, world=world.size
-            )
-            return (batch.images for batch in found)
-
+        examples = _examples(run, source, size, world)
         settings = _shown(run, stage, world, quiet)
 
         def observer(step: int) -> Observer:
             return Observer(out, start_step=step, **settings)
 
-        validated = None if shown is None else validation
-        newest = Loop(run, stage, world, batches, validated, observer, source.fingerprint()).fit()
+        validation = bool(run.data.validation)
+        newest = Loop(run, stage, world, batches, examples, validation, observer, source.fingerprint()).fit()
         if world.main:
             write_report(out)
         world.barrier()
         return newest
     finally:
         world.close()
+
+
+def _examples(run: Run, source: Source, size: int, world: World) -> Callable[[], Iterator[Tensor]]:
+    """The validation images, or the first of the training's; as many batches on every rank, since sharded models are
+    called by all of them. Files that cannot be read are passed over, and told once."""
+    from maetok_fast.data.loader import validation_batches
+
+    shown = open_source(run.data.validation) if run.data.validation else source
+    count = min(len(shown), run.data.validation_images if run.data.validation else PICTURED * world.size)
+    if count < world.size:
+        raise ConfigError(f"data.validation={run.data.validation}: {count} image(s) for {world.size} processes")
+    told: set[str] = set()
+
+    def passed_over(name: str, reason: str) -> None:
+        if name not in told:
+            told.add(name)
+            log.warning("validation image %s is passed over: %s", name, reason)
+
+    def examples() -> Iterator[Tensor]:
+        found = validation_batches(
+            shown, size, "center", PICTURED, count // world.size * world.size, rank=world.rank, world=world.size,
+            passed_over=passed_over,
+        )  # fmt: skip
+        return (batch.images for batch in found)
+
+    return examples
 
 
 def _shown(run: Run, stage: TokenizerStage, world: World, quiet: bool) -> dict[str, Any]:
@@ -225,7 +257,7 @@ def _prepare_folder(run: Run, out: Path, world: World) -> None:
             make_run_folder(out)
             Checkpoints(out / "checkpoints", run.loop.keep, world).clean()
             _same_run(run, out)
-            (out / "config.yaml").write_text(config.to_yaml(run), encoding="utf-8")
+            write_text(out / "config.yaml", config.to_yaml(run))
             write_json(out / "environment.json", environment(world))
         except (ConfigError, TrainingError) as error:
             problem = error

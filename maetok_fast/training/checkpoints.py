@@ -25,7 +25,7 @@ from torch import Tensor
 
 from maetok_fast.training.world import World
 
-__all__ = ["Checkpoints", "TrainingError", "make_run_folder", "write_json"]
+__all__ = ["Checkpoints", "TrainingError", "make_run_folder", "write_json", "write_text"]
 
 _WRITING, _LEAVING = ".writing-", ".leaving-"
 
@@ -45,12 +45,17 @@ def make_run_folder(folder: Path) -> None:
         raise TrainingError(f"cannot write to the run's folder {folder}: {error.strerror or error}") from error
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_text(path: Path, text: str) -> None:
     """Whole or not at all."""
     beside = path.with_name(f".{path.name}.new")
-    beside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    beside.write_text(text, encoding="utf-8")
     _flush(beside)
     os.replace(beside, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Whole or not at all."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 class Checkpoints:

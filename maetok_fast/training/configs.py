@@ -31,6 +31,9 @@ __all__ = [
 ]
 
 
+TARGETS = ("hog", "dino", "clip", "clip_vit_l", "caption")  # and any ViT of timm's
+
+
 def _share(owner: str, **values: float) -> None:
     for name, value in values.items():
         if not 0 <= value <= 1:
@@ -118,9 +121,12 @@ class AuxiliaryConfig:
         _not_negative("auxiliary.weights", **self.weights)
         if len(set(self.targets)) != len(self.targets):
             raise ValueError(f"auxiliary.targets names one twice: {', '.join(self.targets)}")
-        unknown = [name for name in self.weights if name not in self.targets]
+        unknown = [name for name in self.weights if name not in (*self.targets, *TARGETS)]
         if unknown:
-            raise ValueError(f"auxiliary.weights names {unknown[0]}, which is none of its targets")
+            raise ValueError(
+                f"auxiliary.weights names {unknown[0]}, which is none of "
+                f"{', '.join(dict.fromkeys((*self.targets, *TARGETS)))}"
+            )
 
 
 @dataclass(frozen=True)

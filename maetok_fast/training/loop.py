@@ -16,6 +16,7 @@ import contextlib
 import json
 import logging
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -83,7 +84,7 @@ class Stage(Protocol):
         ...
 
 
-Validation = Callable[[], Iterator[Tensor]]  # images (B, 3, H, W) in [-1, 1] of this rank, in one order every time
+Examples = Callable[[], Iterator[Tensor]]  # images (B, 3, H, W) in [-1, 1] of this rank, in one order every time
 
 
 class Loop:
@@ -95,16 +96,18 @@ class Loop:
         stage: Stage,
         world: World,
         batches: Callable[[int, dict[str, str]], Batches],
-        validation: Validation | None,
+        examples: Examples,
+        validation: bool,
         observer: Callable[[int], Observer],
         fingerprint: str = "",
     ) -> None:
         """batches(part, unreadable): the endless batches from that part of a step on (step * accumulate), knowing the
-        files that this rank could not read so far. observer(step): the one
-        that shows the run from a step on. fingerprint: of the data, which a run that goes on must find again."""
+        files that this rank could not read so far. examples: images for pictures, as many on every rank; `validation`:
+        whether they are measured too. observer(step): the one that shows the run from a step on. fingerprint: of the
+        data, which a run that goes on must find again."""
         self.run, self.stage, self.world, self.fingerprint = run, stage, world, fingerprint
         self.out = Path(run.out)
-        self.make_batches, self.validation, self.make_observer = batches, validation, observer
+        self.make_batches, self.examples, self.validation, self.make_observer = batches, examples, validation, observer
         self.checkpoints = Checkpoints(self.out / "checkpoints", run.loop.keep, world)
         self.step, self.skipped, self._bad = 0, 0, 0
         self._saved: int | None = None
@@ -153,7 +156,7 @@ class Loop:
                 begun = time.perf_counter()
                 if self._due(loop.picture_every):
                     self._picture(observer)
-                if self._due(loop.validate_every):
+                if self.validation and self._due(loop.validate_every):
                     self._validate(observer)
                 if self._due(loop.checkpoint_every):
                     self.save()
@@ -233,28 +236,26 @@ class Loop:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGTERM, as a cluster sends it before it takes the machine: the step is finished and a checkpoint written.
-        With several processes all have to be told at once, so that there the signal does what it always does."""
+        """SIGTERM, as a cluster sends it before it takes the machine, and Ctrl-C: the step is finished and a checkpoint
+        written; the second Ctrl-C interrupts. With several processes all would have to be told at once, so that there
+        the signals do what they always do."""
+        before: dict[int, Any] = {}
 
         def stop(signum: int, frame: Any) -> None:
             self._asked_to_stop = True
+            signal.signal(signum, before[signum])
 
-        try:
-            before = signal.signal(signal.SIGTERM, stop) if self.world.size == 1 else None
-        except ValueError:  # not in the main thread
-            before = None
+        if self.world.size == 1 and threading.current_thread() is threading.main_thread():
+            for answered in (signal.SIGTERM, signal.SIGINT):
+                before[answered] = signal.getsignal(answered)
+                signal.signal(answered, stop)
         try:
             yield
         finally:
-            if before is not None:
-                signal.signal(signal.SIGTERM, before)
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
 
     # ---- what is looked at ----
-
-    def _examples(self) -> Iterator[Tensor]:
-        if self.validation is not None:
-            for images in self.validation():
-                yield images.to(self.world.device)
 
     @contextlib.contextmanager
     def _averaged(self) -> Iterator[None]:
@@ -269,17 +270,17 @@ class Loop:
 
     def _picture(self, observer: Observer) -> None:
         with self._averaged():
-            for images in self._examples():
-                images = images[:8]
-                result = self.stage.reconstruct(images)
-                observer.picture(self.step, images, result)
+            for images in self.examples():
+                images = images[:8].to(self.world.device)
+                observer.picture(self.step, images, self.stage.reconstruct(images))
                 break
 
     def _validate(self, observer: Observer) -> None:
         """PSNR of the averaged model on the validation images, 8-bit pixels; the best checkpoint is the highest's."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         with self._averaged():
-            for images in self._examples():
+            for images in self.examples():
+                images = images.to(self.world.device)
                 levels = [
                     (x.float() + 1).mul(127.5).round().clamp(0, 255) for x in (images, self.stage.reconstruct(images))
                 ]
@@ -290,7 +291,7 @@ class Loop:
             return
         psnr = total / count
         observer.record(self.step, {"validation/psnr": psnr})
-        best = self.checkpoints.best()
+        best = self.world.gathered(self.checkpoints.best())[0]  # what rank 0 finds, for all
         if psnr > best.get("psnr", float("-inf")):
             self.save()
             if self.world.main:

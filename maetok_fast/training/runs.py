@@ -89,21 +89,24 @@ def mixed_resolution() -> TokenizerRun:
 
 
 def laptop_tokenizer() -> TokenizerRun:
-    """32 px, 32 latents of 16 channels, HOG alone as target, no network whose weights would have to be fetched."""
-    size = ViTSize(192, 4, 4)
+    """32 px, HOG alone as target, no network whose weights would have to be fetched.
+
+    The image tokens themselves are the latents (the paper's ablation): 26 dB after four minutes, where latent tokens,
+    which have to learn first which of them shows which place, are at 17 (model.num_latent_tokens=16)."""
+    size = ViTSize(192, 3, 3)
     return TokenizerRun(
         out="runs/laptop_tokenizer",
         model=MAETokConfig(
-            image_size=32, base_image_size=32, patch=4, num_latent_tokens=32, latent_dim=16, encoder=size, decoder=size
+            image_size=32, base_image_size=32, patch=8, num_latent_tokens=0, latent_dim=32, encoder=size, decoder=size
         ),
-        data=DataConfig(path="fashion-mnist", flip=0.5, validation="fashion-mnist:test", validation_images=256),
-        auxiliary=AuxiliaryConfig(targets=("hog",), weights={"hog": 0.1}, size=ViTSize(96, 2, 4)),
+        data=DataConfig(path="fashion-mnist", validation="fashion-mnist:test", validation_images=256),
+        auxiliary=AuxiliaryConfig(targets=("hog",), weights={"hog": 0.1}, size=ViTSize(64, 1, 2)),
         loss=LossConfig(perceptual=0.0),
         adversarial=AdversarialConfig(weight=0.0),
-        optimizer=OptimizerConfig(learning_rate=1e-3, scaled=False, warmup=100),
-        ema=EMAConfig(decay=0.99),
+        optimizer=OptimizerConfig(learning_rate=2e-3, scaled=False, warmup=100),
+        ema=EMAConfig(decay=0.98),
         loop=LoopConfig(
-            steps=1_200, batch=64, log_every=20, picture_every=200, validate_every=400, checkpoint_every=200, keep=2
+            steps=1_500, batch=16, log_every=50, picture_every=500, validate_every=500, checkpoint_every=250, keep=2
         ),
     )
 
@@ -116,12 +119,12 @@ def laptop_decoder() -> DecoderRun:
         start="runs/laptop_tokenizer",
         model=first.model,
         data=first.data,
-        mask=MaskConfig(low=0.6, high=0.6, final=0.0, over=300),
+        mask=MaskConfig(low=0.6, high=0.6, final=0.0, over=500),
         loss=first.loss,
         adversarial=first.adversarial,
         optimizer=first.optimizer,
         ema=first.ema,
-        loop=replace(first.loop, steps=600),
+        loop=replace(first.loop, steps=1_000),
     )
 
 

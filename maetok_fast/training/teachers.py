@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from maetok_fast._accelerate import accelerate
 from maetok_fast._accelerate.swap import _packed_below
 from maetok_fast.checks import check_positive, check_tensor
+from maetok_fast.kernels._gemm import why_not_packed
 from maetok_fast.models.checkpoints import CheckpointError
 from maetok_fast.models.checkpoints.files import read_weights
 from maetok_fast.models.checkpoints.locate import locate
@@ -79,8 +80,8 @@ class Teacher:
         pixels in [0, 1], three numbers each. The rest as `create` has it."""
         self.name, self.device, self.features = name, torch.device(device), int(model.num_features)
         self.patch = int(model.patch_embed.patch_size[0])
-        self.dtype, weights = _resolved(name, precision, self.device)
-        self.precision = "int8" if weights is not None else {torch.float32: "fp32"}.get(self.dtype, "bf16")
+        self.precision, self.dtype = chosen_precision(precision, self.device, name)
+        weights = torch.int8 if self.precision == "int8" else None
         if compile and self.device.type != "cuda":
             raise TeacherError(f"teacher {name}: compile is for CUDA, the device is {self.device}; leave it out")
         mean, deviation = (torch.tensor(v, dtype=torch.float64, device=self.device)[:, None, None] for v in statistics)
@@ -117,8 +118,8 @@ class Teacher:
             tensors, of timm's names or those that timm converts), or "random" (for tests and timings; of `seed`).
         image_size: pixels a side, a multiple of patch; other sizes work too, this one is tried. patch: pixels a side of
             a token, the tokenizer's.
-        precision: "auto" (`maetok_fast.precision`), "fp32", "bf16", or "int8" (weights and the products' inputs rounded
-            to int8, on a CPU).
+        precision: "fp32", "bf16", "int8" (weights and the products' inputs rounded to int8, on a CPU), or "auto": int8
+            on a CPU that multiplies bytes, else `maetok_fast.precision`'s choice.
         statistics: "own", the pixel statistics that the network was trained with, or "public", ImageNet's for all, as
             MAETok's public code feeds SigLIP. compile: torch.compile, on CUDA.
         TeacherError where the name, the weights or the device do not allow it; ImportError without timm.
@@ -128,7 +129,7 @@ class Teacher:
             raise TeacherError(f"teacher {name}: image_size must be a multiple of {patch}, got {image_size}")
         if statistics not in STATISTICS:
             raise TeacherError(f"teacher {name}: statistics {statistics!r} is not one of {', '.join(STATISTICS)}")
-        _resolved(name, precision, torch.device(device))  # before anything is downloaded
+        chosen_precision(precision, device, name)  # before anything is downloaded
         model = _random(name, patch, seed) if weights == "random" else _loaded(name, patch, weights)
         found = model.pretrained_cfg
         own = (found.get("mean") or IMAGENET[0], found.get("std") or IMAGENET[1])
@@ -224,15 +225,20 @@ class Teacher:
         return f"Teacher({self.name}, {self.features} features, {self.precision} on {self.device})"
 
 
-def _resolved(name: str, precision: str, device: torch.device) -> tuple[torch.dtype, torch.dtype | None]:
-    """(dtype of activations, that of packed weights where it is another one)."""
+def chosen_precision(precision: str, device: torch.device | str, name: str = "of a run") -> tuple[str, torch.dtype]:
+    """("fp32", "bf16" or "int8", the dtype of activations) of a teacher's precision on a device. TeacherError where the
+    word is none of PRECISIONS, or int8 is asked for elsewhere than on a CPU."""
+    device = torch.device(device)
     if precision not in PRECISIONS:
         raise TeacherError(f"teacher {name}: precision {precision!r} is not one of {', '.join(PRECISIONS)}")
+    if precision == AUTO and device.type == "cpu" and why_not_packed("int8", device) is None:
+        precision = "int8"  # three times fp32's rate, features within 1e-3 of a cosine
     if precision != "int8":
-        return resolve(precision, device, packed=True).dtype, None
+        dtype = resolve(precision, device, packed=True).dtype
+        return {torch.float32: "fp32"}.get(dtype, "bf16"), dtype
     if device.type != "cpu":
         raise TeacherError(f"teacher {name}: precision int8 is for a CPU, the device is {device}; use bf16")
-    return resolve(AUTO, device).dtype, torch.int8
+    return "int8", resolve(AUTO, device).dtype
 
 
 # ---- the network and its weights -----------------------------------------------------------------------------------
