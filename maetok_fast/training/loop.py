@@ -77,7 +77,7 @@ class Stage(Protocol):
         ...
 
     def save_average(self, folder: Path, average: dict[str, Tensor]) -> None:
-        """Writes the averaged model as its users load it."""
+        """Writes the averaged model as its users load it. average: its whole state, frozen tensors and buffers too."""
 
     def load_average(self, folder: Path) -> dict[str, Tensor]:
         """What `save_average` was given."""
@@ -266,6 +266,10 @@ class Loop:
             module.eval()
         with torch.no_grad(), self.ema.swapped(self.stage.averaged):
             yield
+            for module in modules:
+                # FSDP2 leaves a root's parameters gathered after a forward: the next step would train on the average
+                if hasattr(module, "reshard"):
+                    module.reshard()  # type: ignore[operator]
         restore_random_state(state, self.world.device)
 
     def _picture(self, observer: Observer) -> None:
@@ -313,7 +317,8 @@ class Loop:
         for network in self.stage.networks:
             networks |= whole({f"{network.name}.{k}": v for k, v in module_state(network.module).items()})
             moments |= whole({f"{network.name}.{k}": v for k, v in network.optimizer.state().items()})
-        average = whole(self.ema.average)
+        average = whole(module_state(self.stage.averaged))
+        average |= {name: value.to(average[name].dtype) for name, value in whole(self.ema.average).items()}
         rank = f"rank_{self.world.rank:05d}"
         save_tensors(folder / f"{rank}.safetensors", random_state(self.world.device))
         write_json(folder / f"{rank}.json", {"unreadable": self.batches.unreadable})

@@ -255,10 +255,9 @@ class TokenizerStage:
 
     def save_average(self, folder: Path, average: dict[str, Tensor]) -> None:
         """The averaged tokenizer as `MAETok.from_pretrained(folder)` reads it."""
-        own = {name: value.detach().to("cpu") for name, value in self.averaged.state_dict().items()}
         with torch.device("meta"):
             copy = MAETok(self.averaged.config)
-        copy.load_state_dict({**own, **average}, assign=True)
+        copy.load_state_dict(average, assign=True)
         copy.save_pretrained(folder)
 
     def load_average(self, folder: Path) -> dict[str, Tensor]:
