@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from training_runs import small_run, write_images
+from training_runs import bare, small_run, write_images
 
 from maetok_fast.config import ConfigError, read
 from maetok_fast.data.loader import Batch
@@ -26,6 +26,12 @@ from maetok_fast.training.tokenizer import TokenizerStage
 from maetok_fast.training.world import World
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def _bare(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "both_stages" not in request.node.name:
+        bare(monkeypatch.setattr)
 
 
 def run_of(*overrides: str, kind: Any = TokenizerRun) -> Any:
