@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -55,6 +56,8 @@ def _train(stage: str, config: str, overrides: list[str] | None, show: bool, run
 
     with _said.in_a_sentence(TrainingError):
         newest = train(run, quiet=quiet)
+        if os.environ.get("RANK", "0") != "0":
+            return
         step, report = int(newest.name), Path(run.out) / "report.html"
         if step < run.loop.steps:
             typer.echo(f"stopped at step {step} of {run.loop.steps}; the same command goes on: {report}")

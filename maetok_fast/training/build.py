@@ -6,6 +6,7 @@ read_run("decoder", "configs/decoder_256.yaml", ["data.path=..."]) ── Run �
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import subprocess
@@ -114,20 +115,30 @@ def _size(run: Run) -> int:
     return size
 
 
+@contextlib.contextmanager
+def _keyed(key: str) -> Iterator[None]:
+    """Weights that are missing are told with the run's own key for them."""
+    try:
+        yield
+    except ValueError as error:  # TeacherError, CheckpointError
+        raise ConfigError(f"{error} (in a run: {key})") from None
+
+
 def _targets(run: Run, device: torch.device) -> Any:
     from maetok_fast.training.targets import Targets
 
     if not run.auxiliary.targets:
         return None
-    return Targets.create(
-        run.auxiliary.targets,
-        weights=run.teachers.weights,
-        image_size=max(run.model.size),
-        precision=run.teachers.precision,
-        statistics=run.teachers.statistics,
-        device=device,
-        patch=run.model.patch,
-    )
+    with _keyed("teachers.weights.<target>"):
+        return Targets.create(
+            run.auxiliary.targets,
+            weights=run.teachers.weights,
+            image_size=max(run.model.size),
+            precision=run.teachers.precision,
+            statistics=run.teachers.statistics,
+            device=device,
+            patch=run.model.patch,
+        )
 
 
 def _perceptual(run: Run) -> nn.Module | None:
@@ -135,7 +146,8 @@ def _perceptual(run: Run) -> nn.Module | None:
         return None
     from maetok_fast.models.perceptual import LPIPS
 
-    return LPIPS(run.loss.vgg, run.loss.heads)
+    with _keyed("loss.vgg and loss.heads"):
+        return LPIPS(run.loss.vgg, run.loss.heads)
 
 
 def _discriminator(run: Run) -> nn.Module | None:
@@ -149,7 +161,8 @@ def _discriminator(run: Run) -> nn.Module | None:
         options["weights"] = run.adversarial.weights
     if kind == "stylegan":
         options["size"] = run.data.size or max(run.model.size)
-    return create_discriminator(kind, **options)
+    with _keyed("adversarial.weights"):
+        return create_discriminator(kind, **options)
 
 
 def train(run: Run, *, quiet: bool = False) -> Path:
