@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from maetok_fast.kernels import hog_ref, host_mask_count, random_mask, sample_mask
+from maetok_fast.training.configs import MaskConfig
 from maetok_fast.training.masks import Masks, ratio_at, semantic_mask
 from maetok_fast.training.targets import (
     VOCABULARY,
@@ -210,21 +211,11 @@ def test_a_run_makes_its_teachers_by_name() -> None:
 # ---- masks ---------------------------------------------------------------------------------------------------------
 
 
-class Settings(NamedTuple):
-    mode: str = "replace"
-    low: float = 0.4
-    high: float = 0.6
-    final: float = 0.0
-    over: int = 0
-    semantic: bool = False
-    temperature: float = 1.0
-
-
 @pytest.mark.parametrize("semantic", [False, True])
 def test_drawn_masks_are_the_librarys_and_the_same_in_every_split_and_after_a_resume(semantic: bool) -> None:
     features = torch.randn(6, 16, 5)
     for mode in ("replace", "drop"):
-        masks = Masks(Settings(mode, semantic=semantic), 11)
+        masks = Masks(MaskConfig(mode, semantic=semantic), 11)
         steps = [masks.draw(step, 6, 16, features=features) for step in range(4)]
         for step, drawn in enumerate(steps):
             assert drawn.mask is not None
@@ -238,7 +229,7 @@ def test_drawn_masks_are_the_librarys_and_the_same_in_every_split_and_after_a_re
             else:
                 assert drawn.kept is None
         assert not torch.equal(steps[0].mask, steps[1].mask)
-        later = Masks(Settings(mode, semantic=semantic), 11).draw(3, 2, 16, first_image=4, features=features[4:])
+        later = Masks(MaskConfig(mode, semantic=semantic), 11).draw(3, 2, 16, first_image=4, features=features[4:])
         assert torch.equal(later.mask, steps[3].mask[4:])
 
 
@@ -246,14 +237,14 @@ def test_stage_2s_ratio_falls_linearly_and_nothing_is_masked_at_its_end() -> Non
     assert [ratio_at(step) for step in (0, 25_000, 50_000, 90_000)] == pytest.approx([0.6, 0.3, 0.0, 0.0])
     assert [ratio_at(step, 0.5, 0.1, 4) for step in range(6)] == pytest.approx([0.5, 0.4, 0.3, 0.2, 0.1, 0.1])
     assert ratio_at(0, over=0) == 0.0
-    masks = Masks(Settings(low=0.6, high=0.6, over=100), 1)
+    masks = Masks(MaskConfig(low=0.6, high=0.6, over=100), 1)
     for step in (0, 1, 50, 99):
         drawn = masks.draw(step, 3, 256)
         assert drawn.mask is not None
         assert drawn.mask.sum(1).tolist() == [math.ceil(0.6 * (1 - step / 100) * 256 - 1e-6)] * 3
     assert masks.draw(100, 3, 256) == (None, None)
     assert masks.seed.tolist() == [1, 100]
-    assert Masks(Settings(low=0.0, high=0.0), 1).draw(0, 3, 256) == (None, None)
+    assert Masks(MaskConfig(low=0.0, high=0.0), 1).draw(0, 3, 256) == (None, None)
     with pytest.raises(ValueError, match="step must be finite, >= 0, got -1"):
         ratio_at(-1)
 
@@ -300,8 +291,8 @@ def test_semantic_masks_hide_the_salient_first_and_by_the_gumbel_top_k_formula()
 
 def test_semantic_masks_that_cannot_be_are_refused() -> None:
     with pytest.raises(ValueError, match="need a teacher's features of the images"):
-        Masks(Settings(semantic=True), 0).draw(0, 2, 16)
+        Masks(MaskConfig(semantic=True), 0).draw(0, 2, 16)
     with pytest.raises(ValueError, match=r"features: expected shape \(2, 16, D\)"):
-        Masks(Settings(semantic=True), 0).draw(0, 2, 16, features=torch.zeros(2, 9, 3))
+        Masks(MaskConfig(semantic=True), 0).draw(0, 2, 16, features=torch.zeros(2, 9, 3))
     with pytest.raises(ValueError, match="temperature must be above 0, got 0"):
         semantic_mask(torch.zeros(1, 4, 3), torch.tensor([1]), SEED, 0)

@@ -14,7 +14,7 @@ ends); so is `semantic_mask`, of which the idea is MacTok's: to hide what an ima
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,27 +22,9 @@ from torch import Tensor
 from maetok_fast.checks import check_number, check_tensor
 from maetok_fast.kernels import host_mask_count, mask_counts, sample_mask, sample_visible, visible_index
 from maetok_fast.kernels.token_mask import _philox, _words
+from maetok_fast.training.configs import MaskConfig
 
-__all__ = ["Drawn", "MaskSettings", "Masks", "ratio_at", "semantic_mask"]
-
-
-class MaskSettings(Protocol):
-    """What `Masks` reads of a run's configuration (`configs.MaskConfig`)."""
-
-    @property
-    def mode(self) -> str: ...
-    @property
-    def low(self) -> float: ...
-    @property
-    def high(self) -> float: ...
-    @property
-    def final(self) -> float: ...
-    @property
-    def over(self) -> int: ...
-    @property
-    def semantic(self) -> bool: ...
-    @property
-    def temperature(self) -> float: ...
+__all__ = ["Drawn", "Masks", "ratio_at", "semantic_mask"]
 
 
 class Drawn(NamedTuple):
@@ -63,7 +45,7 @@ def ratio_at(step: int, start: float = 0.6, final: float = 0.0, over: int = 50_0
 class Masks:
     """The masks of a run. settings: `configs.MaskConfig`; seed: the run's; device: of the masks."""
 
-    def __init__(self, settings: MaskSettings, seed: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, settings: MaskConfig, seed: int, device: torch.device | str = "cpu") -> None:
         self.settings, self._seed = settings, int(seed)
         self.seed = torch.tensor([self._seed, 0], device=device)
 
