@@ -454,11 +454,12 @@ def test_a_batch_that_8_does_not_divide_has_local_statistics_too() -> None:
 
 
 @pytest.mark.parametrize(("kind", "options"), [
-    ("patchgan", {}), ("patchgan", {"norm": "actnorm"}), ("maskbit", {}), ("stylegan", {"size": 32}), ("dino", SMALL),
+    ("patchgan", {}), ("patchgan", {"norm": "actnorm"}), ("maskbit", {}), ("stylegan", {"size": 8}), ("dino", SMALL),
 ])  # fmt: skip
 def test_autocast_gives_finite_gradients(kind: str, options: dict[str, Any]) -> None:
     model = create_discriminator(kind, **options)
-    images = torch.rand(2, 3, 32, 32, requires_grad=True)
+    side = 8 if kind == "stylegan" else 32  # 512 channels: where bf16 is emulated 32 x 32 pixels take minutes
+    images = torch.rand(2, 3, side, side, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(images)
     logits.float().mean().backward()
