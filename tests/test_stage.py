@@ -190,6 +190,7 @@ OTHERS = [
     ["model.position=absolute"],
     ["model.position=axial"],
     ["model.decoder_kind=plain"],
+    ["model.decoder_patch=4"],
     ["auxiliary.masked_only=false"],
     ["adversarial.weight=0.4", "adversarial.start=0", "adversarial.discriminator=patchgan"],
     [

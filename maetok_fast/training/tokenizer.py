@@ -90,13 +90,16 @@ class TokenizerTraining(nn.Module):
         frozen = torch.no_grad() if self.frozen_encoder else contextlib.nullcontext()
         with frozen:
             latents, losses = tokenizer.latents_and_loss(images, mask, kept)
-        patch = tokenizer.config.out_patch
-        grid = images.shape[2] // patch, images.shape[3] // patch
+        # targets are of the encoder's patches, pixels of the decoder's
+        seen, grid = (
+            (images.shape[2] // patch, images.shape[3] // patch)
+            for patch in (tokenizer.config.patch, tokenizer.config.out_patch)
+        )
         decoder = tokenizer.decoder
         tokens = decoder.tokens(tokenizer.post_quant_conv(latents), latents, grid)
         predictions: dict[str, Tensor] = {}
         if self.training and self.auxiliary is not None:
-            predictions |= self.auxiliary(latents, grid)
+            predictions |= self.auxiliary(latents, seen)
         if self.training and self.caption is not None and text is not None:
             predictions["caption"] = self.caption(latents, *text)
         return Reconstruction(decoder.pixels(tokens, grid), tokens, losses, predictions)
