@@ -103,27 +103,23 @@ class OurStep:
         ):
             if owner is not None:
                 setattr(owner, method, within(part, getattr(owner, method)))
+        for trained in stage.networks:
+            for method in ("step", "zero_grad"):
+                setattr(trained.optimizer, method, within("optimizer", getattr(trained.optimizer, method)))
+        self.ema.update = within("EMA", self.ema.update)
         if stage.discriminator is not None:
             stage.discriminator.generator = within("discriminator", stage.discriminator.generator)
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         from maetok_fast.data.loader import Batch
-        from maetok_fast.training.optim import learning_rate
+        from maetok_fast.training.loop import optimize
 
         parts, run, stage = self.parts, self.run, self.stage
         parts.seconds = {}
         batch = Batch(images, None, None, tuple(range(len(images))), 0, self.step)
-        active = [network for network in stage.networks if self.step >= network.first]
         with parts("backward"):
             values: dict[str, Tensor] = stage.backward(batch, self.step, 0, 1)
-        rate = learning_rate(run.optimizer, self.step, run.loop.steps, run.loop.batch)
-        for network in active:
-            with parts("optimizer"):
-                _, finite = network.optimizer.step(rate)
-                network.optimizer.zero_grad()
-            if network is stage.networks[0]:
-                with parts("EMA"):
-                    self.ema.update(stage.averaged, 1 - (1 - self.ema.decay) * finite.double())
+        values |= optimize(run, stage, self.ema, self.step)
         self.step += 1
         self.timings = parts.seconds
         return values
@@ -152,19 +148,14 @@ def our_run(args: argparse.Namespace, device: torch.device) -> Any:
 
 def make_ours(run: Any, device: torch.device) -> OurStep:
     """The stage of a run, wrapped and with its optimizers as `training.loop.Loop` does it."""
-    from maetok_fast.layers import EMA
     from maetok_fast.training.build import make_stage
-    from maetok_fast.training.optim import GuardedAdamW, parameter_groups
+    from maetok_fast.training.loop import prepare
     from maetok_fast.training.world import World
 
     world, stage = World(str(device)), make_stage(run, device)
+    ema = prepare(run, stage, world)
     for network in stage.networks:
-        network.module.to(device).train()
-        network.called = world.wrap(network.module, network.blocks, network.shard)
-        groups = parameter_groups([("", network.module)], run.optimizer.weight_decay)
-        network.optimizer = GuardedAdamW(groups, run.optimizer, network.rate)
-    ema = EMA(stage.averaged, run.ema.decay)
-    stage.begin(world)
+        network.module.train()
     return OurStep(stage, run, ema, device)
 
 

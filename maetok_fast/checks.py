@@ -19,6 +19,7 @@ from maetok_fast.kernels._dispatch import autocasts
 
 __all__ = [
     "check_dtype",
+    "check_images",
     "check_integers",
     "check_label_range",
     "check_labels",
@@ -56,6 +57,16 @@ def check_dtype(name: str, x: Tensor, weight: Tensor) -> None:
             f"{name}: expected the model's dtype {weight.dtype}, got {x.dtype}; use .to({weight.dtype})"
             + (" or autocast" if x.dtype in _CAST else "")
         )
+
+
+def check_images(images: Tensor, least: int, owner: str) -> None:
+    """TypeError or ValueError unless images are (B, 3, H, W), floating point, and of at least so many pixels a side."""
+    check_tensor("images", images, ("B", 3, "H", "W"))
+    if not images.is_floating_point():
+        raise TypeError(f"images: expected floating point in [-1, 1], got {images.dtype}; use images / 127.5 - 1")
+    if min(images.shape[2:]) < least:
+        height, width = images.shape[2:]
+        raise ValueError(f"{owner}: images must be at least {least} x {least} pixels, got {height} x {width}")
 
 
 def check_integers(owner: str, **values: Any) -> None:

@@ -24,7 +24,7 @@ def small() -> MAETok:
 
 
 def test_matrices_decay_and_nothing_else_does() -> None:
-    groups = parameter_groups([("", small())], 0.1)
+    groups = parameter_groups(small(), 0.1)
     decayed, others = groups
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
     assert all(p.ndim >= 2 for p in decayed["params"])
@@ -51,7 +51,7 @@ def test_the_learning_rate_rises_then_follows_its_schedule(schedule: str) -> Non
 
 def optimizer_of(layer: nn.Module, clip: float = 1.0) -> GuardedAdamW:
     config = OptimizerConfig(clip=clip, weight_decay=0.01)
-    return GuardedAdamW(parameter_groups([("", layer)], config.weight_decay), config)
+    return GuardedAdamW(parameter_groups(layer, config.weight_decay), config)
 
 
 def test_a_step_is_adamw_after_clipping() -> None:

@@ -114,6 +114,12 @@ def to_uint8(images: Tensor) -> np.ndarray:
     return scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
 
 
+def psnr(original: np.ndarray, result: np.ndarray) -> float:
+    """Decibels of (H, W, 3) uint8; infinity where they are equal."""
+    error = np.mean((original.astype(np.float64) - result) ** 2)
+    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
+
+
 @contextlib.contextmanager
 def reading(path: str | Path) -> Iterator[None]:
     """Whatever goes wrong inside with this file becomes an ImageError that names it."""

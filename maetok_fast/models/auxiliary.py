@@ -27,7 +27,7 @@ from maetok_fast.models.vit import Block
 __all__ = ["AuxiliaryDecoders", "CaptionDecoder"]
 
 SIZE = ViTSize(192, 3, 3)
-VOCABULARY = 49_408  # CLIP's byte-pair encoding
+CAPTION_TOKENS, VOCABULARY = 77, 49_408  # of CLIP's text towers, its byte-pair encoding
 
 
 class AuxiliaryDecoders(nn.Module):
@@ -66,7 +66,9 @@ class CaptionDecoder(nn.Module):
     attend to each other and to the latents; the output layer is the embedding, transposed.
     """
 
-    def __init__(self, latent_dim: int, vocabulary: int = VOCABULARY, length: int = 77, size: ViTSize = SIZE) -> None:
+    def __init__(
+        self, latent_dim: int, vocabulary: int = VOCABULARY, length: int = CAPTION_TOKENS, size: ViTSize = SIZE
+    ) -> None:
         super().__init__()
         check_positive("CaptionDecoder", latent_dim=latent_dim, vocabulary=vocabulary, length=length)
         self.length = length

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maetok_fast.checks import check_tensor
+from maetok_fast.checks import check_images
 from maetok_fast.layers import LPIPSTail
 from maetok_fast.models.checkpoints import CheckpointError
 from maetok_fast.models.checkpoints.files import read_weights
@@ -82,12 +82,7 @@ class LPIPS(nn.Module):
 
     def features(self, images: Tensor) -> list[Tensor]:
         """images (B, 3, H, W) in [-1, 1] -> five maps: (B, 64, H, W), (B, 128, H/2, W/2), ..., (B, 512, H/16, W/16)."""
-        check_tensor("images", images, ("B", 3, "H", "W"))
-        if not images.is_floating_point():
-            raise TypeError(f"images: expected floating point in [-1, 1], got {images.dtype}; use images / 127.5 - 1")
-        if min(images.shape[2:]) < LEAST:
-            height, width = images.shape[2:]
-            raise ValueError(f"LPIPS: images must be at least {LEAST} x {LEAST} pixels, got {height} x {width}")
+        check_images(images, LEAST, "LPIPS")
         x = ((images - self.shift) / self.scale).contiguous(memory_format=torch.channels_last)
         found = []
         for i, layer in enumerate(self.vgg.features):  # type: ignore[arg-type]

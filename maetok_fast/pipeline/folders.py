@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -28,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maetok_fast.data.images import SUFFIXES, ImageError, load_image, to_uint8
+from maetok_fast.data.images import SUFFIXES, ImageError, load_image, psnr, to_uint8
 from maetok_fast.models import CheckpointError
 from maetok_fast.pipeline.pipeline import Pipeline
 from maetok_fast.pipeline.run import RunError, make_folder, save_png, write_grid, written
@@ -160,12 +159,6 @@ def decode(pipeline: Pipeline, source: Path, out: Path, *, batch: int = 8, tick:
             passed.done.append(name)
         tick(len(images))
     return passed
-
-
-def psnr(original: np.ndarray, result: np.ndarray) -> float:
-    """Decibels of (H, W, 3) uint8; infinity where they are equal."""
-    error = np.mean((original.astype(np.float64) - result) ** 2)
-    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
 
 
 def ssim(original: np.ndarray, result: np.ndarray) -> float | None:

@@ -1,7 +1,7 @@
 # Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 """A configuration made into a run: models, data, stage, loop.
 
-read_run("decoder", "configs/decoder_256.yaml", ["data.path=..."]) ── Run ── train(run) ── the newest checkpoint
+Run (runs.py) ── train: folder, models (make_stage), data ── Loop.fit ── the newest checkpoint, report.html
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from maetok_fast.config import ConfigError
 from maetok_fast.data.sources import Source, open_source
 from maetok_fast.models import MAETok
 from maetok_fast.precision import resolve, to_fp8
-from maetok_fast.training.checkpoints import Checkpoints, TrainingError, make_run_folder, write_json, write_text
+from maetok_fast.training.checkpoints import Checkpoints, Kept, TrainingError, make_run_folder, write_json, write_text
 from maetok_fast.training.configs import Run
 from maetok_fast.training.tokenizer import TokenizerStage
 from maetok_fast.training.world import World, local_batch
@@ -32,8 +32,6 @@ from maetok_fast.training.world import World, local_batch
 __all__ = ["make_stage", "make_tokenizer", "train"]
 
 log = logging.getLogger("maetok_fast")
-
-PICTURED = 8  # images in a picture
 
 # what a run that goes on may change: how far and where it runs and what it shows, but not what it computes
 _CHANGEABLE = (
@@ -65,7 +63,7 @@ def _newest_of(start: str) -> str:
     folder = Path(start) / "checkpoints"
     if not folder.is_dir():
         return start
-    there = Checkpoints(folder, 1, None)  # type: ignore[arg-type]  # it is only looked at
+    there = Kept(folder)
     best = there.best().get("step")
     found = there.path(best) if best in there.steps() else there.newest()
     if found is None:
@@ -92,13 +90,13 @@ def _resized(model: MAETok, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def make_stage(run: Run, device: torch.device, tokenizer: MAETok | None = None) -> TokenizerStage:
+def make_stage(run: Run, device: torch.device) -> TokenizerStage:
     """The stage with every network that it needs, and none that it does not. Errors name a weight that is missing and
     how to get it."""
     precision = resolve(run.loop.precision, device)
     if precision.name == "fp16":
         raise ConfigError("loop.precision=fp16: its gradients would need loss scaling; use bf16, or auto")
-    tokenizer = make_tokenizer(run) if tokenizer is None else tokenizer
+    tokenizer = make_tokenizer(run)
     if precision.name == "fp8":
         log.info("%s", to_fp8(tokenizer))
     torch.manual_seed(run.loop.seed + 1)
@@ -160,7 +158,7 @@ def _discriminator(run: Run) -> nn.Module | None:
     if kind == "dino":
         options["weights"] = run.adversarial.weights
     if kind == "stylegan":
-        options["size"] = run.data.size or max(run.model.size)
+        options["size"] = _size(run)
     with _keyed("adversarial.weights"):
         return create_discriminator(kind, **options)
 
@@ -183,10 +181,9 @@ def train(run: Run, *, quiet: bool = False) -> Path:
     world = World(run.loop.device, run.loop.parallel)
     try:
         out, batch = Path(run.out), local_batch(run.loop.batch, world.size, run.loop.accumulate)
-        source = open_source(run.data.path)
+        source, size = open_source(run.data.path), _size(run)
         _prepare_folder(run, out, world)
         stage = make_stage(run, world.device)
-        size = _size(run)
         view = View(size, run.data.crop, run.data.low, run.data.high, flip=run.data.flip)
 
         def batches(start: int, unreadable: dict[str, str]) -> Batches:
@@ -198,7 +195,7 @@ def train(run: Run, *, quiet: bool = False) -> Path:
             )  # fmt: skip
 
         examples = _examples(run, source, size, world)
-        settings = _shown(run, stage, world, quiet)
+        settings = _shown(run, stage, size, world, quiet)
 
         def observer(step: int) -> Observer:
             return Observer(out, start_step=step, **settings)
@@ -217,9 +214,10 @@ def _examples(run: Run, source: Source, size: int, world: World) -> Callable[[],
     """The validation images, or the first of the training's; as many batches on every rank, since sharded models are
     called by all of them. Files that cannot be read are passed over, and told once."""
     from maetok_fast.data.loader import validation_batches
+    from maetok_fast.training.observe import COLUMNS
 
     shown = open_source(run.data.validation) if run.data.validation else source
-    count = min(len(shown), run.data.validation_images if run.data.validation else PICTURED * world.size)
+    count = min(len(shown), run.data.validation_images if run.data.validation else COLUMNS * world.size)
     if count < world.size:
         raise ConfigError(f"data.validation={run.data.validation}: {count} image(s) for {world.size} processes")
     told: set[str] = set()
@@ -231,7 +229,7 @@ def _examples(run: Run, source: Source, size: int, world: World) -> Callable[[],
 
     def examples() -> Iterator[Tensor]:
         found = validation_batches(
-            shown, size, "center", PICTURED, count // world.size * world.size, rank=world.rank, world=world.size,
+            shown, size, "center", COLUMNS, count // world.size * world.size, rank=world.rank, world=world.size,
             passed_over=passed_over,
         )  # fmt: skip
         return (batch.images for batch in found)
@@ -239,14 +237,13 @@ def _examples(run: Run, source: Source, size: int, world: World) -> Callable[[],
     return examples
 
 
-def _shown(run: Run, stage: TokenizerStage, world: World, quiet: bool) -> dict[str, Any]:
+def _shown(run: Run, stage: TokenizerStage, size: int, world: World, quiet: bool) -> dict[str, Any]:
     """What the observer has to know; FLOPs are counted before anything is sharded, the peak is measured once."""
     from maetok_fast.training.flops import model_flops
     from maetok_fast.training.observe import peak_flops
 
     flops = peak = None
     if world.main:
-        size = run.data.size or max(run.model.size)
         dropped = (run.mask.low + run.mask.high) / 2 if run.mask.mode == "drop" else 0.0
         flops = model_flops(stage.model, size, dropped=dropped, teachers=run.auxiliary.targets)
         peak = peak_flops(world.device, stage.precision.name)
@@ -283,7 +280,7 @@ def _prepare_folder(run: Run, out: Path, world: World) -> None:
 
 def _same_run(run: Run, out: Path) -> None:
     path = out / "config.yaml"
-    if not path.is_file() or not Checkpoints(out / "checkpoints", 1, None).steps():  # type: ignore[arg-type]
+    if not path.is_file() or not Kept(out / "checkpoints").steps():
         return
     before = config.read(type(run)(), config.read_yaml(path))
     changed = {k: v for k, v in config.differences(before, run).items() if not k.startswith(_CHANGEABLE)}

@@ -23,9 +23,11 @@ from typing import Any
 
 from torch import Tensor
 
+from maetok_fast.models.checkpoints.files import settle
+from maetok_fast.pipeline.run import written
 from maetok_fast.training.world import World
 
-__all__ = ["Checkpoints", "TrainingError", "make_run_folder", "write_json", "write_text"]
+__all__ = ["Checkpoints", "Kept", "TrainingError", "make_run_folder", "write_json", "write_text"]
 
 _WRITING, _LEAVING = ".writing-", ".leaving-"
 
@@ -47,10 +49,7 @@ def make_run_folder(folder: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Whole or not at all."""
-    beside = path.with_name(f".{path.name}.new")
-    beside.write_text(text, encoding="utf-8")
-    _flush(beside)
-    os.replace(beside, path)
+    written(path, lambda beside: beside.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -58,17 +57,11 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-class Checkpoints:
-    """Those of one run. keep: how many of the newest stay, beside the best."""
+class Kept:
+    """The checkpoints in a run's folder, looked at."""
 
-    def __init__(self, folder: Path, keep: int, world: World) -> None:
-        self.folder, self.keep, self.world = folder, keep, world
-
-    def clean(self) -> None:
-        """Takes away what a killed process left half-written or half-deleted. Rank 0 calls it, before others look."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for left in (*self.folder.glob(f"{_WRITING}*"), *self.folder.glob(f"{_LEAVING}*")):
-            shutil.rmtree(left, ignore_errors=True)
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints that are there, ascending."""
@@ -82,6 +75,31 @@ class Checkpoints:
     def newest(self) -> Path | None:
         steps = self.steps()
         return self.path(steps[-1]) if steps else None
+
+    def best(self) -> dict[str, Any]:
+        """{"step", metric} of the best validation so far, {} where there is none."""
+        try:
+            found = json.loads((self.folder / "best.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) and isinstance(found.get("step"), int) else {}
+
+
+class Checkpoints(Kept):
+    """Those of the run that writes them. keep: how many of the newest stay, beside the best."""
+
+    def __init__(self, folder: Path, keep: int, world: World) -> None:
+        super().__init__(folder)
+        self.keep, self.world = keep, world
+
+    def clean(self) -> None:
+        """Takes away what a killed process left half-written or half-deleted. Rank 0 calls it, before others look."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for left in (*self.folder.glob(f"{_WRITING}*"), *self.folder.glob(f"{_LEAVING}*")):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
 
     def write(self, step: int, parts: Callable[[Path], None]) -> Path:
         """parts(folder), called on every rank, writes that rank's files. TrainingError, on all ranks, where one of them
@@ -99,14 +117,6 @@ class Checkpoints:
         if self.world.main:
             self._tidy()
         return final
-
-    def best(self) -> dict[str, Any]:
-        """{"step", metric} of the best validation so far, {} where there is none."""
-        try:
-            found = json.loads((self.folder / "best.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return found if isinstance(found, dict) and isinstance(found.get("step"), int) else {}
 
     def mark_best(self, step: int, **metrics: float) -> None:
         write_json(self.folder / "best.json", {"step": step, **metrics})
@@ -128,7 +138,7 @@ class Checkpoints:
 
     def _publish(self, folder: Path, final: Path) -> None:
         for path in folder.rglob("*"):
-            _flush(path)
+            (settle if path.is_file() else _flush)(path)
         _flush(folder)
         if final.exists():  # of a run that was cut back by hand
             self._remove(final)
@@ -157,8 +167,9 @@ def _tried(work: Callable[[], Any]) -> str | None:
     return None
 
 
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+def _flush(folder: Path) -> None:
+    """Waits until the names in it are on disk."""
+    handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

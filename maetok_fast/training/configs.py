@@ -11,7 +11,7 @@ ValueError where a value lies out of its range, naming the field.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from maetok_fast.checks import check_number, check_positive
 from maetok_fast.models.configs import MAETokConfig, ViTSize
@@ -40,9 +40,9 @@ def _share(owner: str, **values: float) -> None:
             raise ValueError(f"{owner}.{name} must lie in [0, 1], got {value}")
 
 
-def _not_negative(owner: str, **values: float) -> None:
-    for name, value in values.items():
-        check_number(owner, name, value, 0)
+def _not_negative(owner: str, config: Any, *names: str) -> None:
+    for name in names:
+        check_number(owner, name, getattr(config, name), 0)
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         _share("data", low=self.low, high=self.high, flip=self.flip, max_unreadable=self.max_unreadable)
         check_positive("data", validation_images=self.validation_images, size=1 if self.size is None else self.size)
-        _not_negative("data", workers=self.workers)
+        _not_negative("data", self, "workers")
         if not 0 < self.low <= self.high:
             raise ValueError(f"data.low and data.high must be 0 < low <= high, got {self.low} and {self.high}")
 
@@ -94,7 +94,7 @@ class MaskConfig:
 
     def __post_init__(self) -> None:
         _share("mask", low=self.low, high=self.high, final=self.final)
-        _not_negative("mask", over=self.over)
+        _not_negative("mask", self, "over")
         check_number("mask", "temperature", self.temperature, 0, above=True)
         if self.low > self.high:
             raise ValueError(f"mask.low must not exceed mask.high, got {self.low} and {self.high}")
@@ -118,7 +118,8 @@ class AuxiliaryConfig:
     masked_only: bool = True
 
     def __post_init__(self) -> None:
-        _not_negative("auxiliary.weights", **self.weights)
+        for name, weight in self.weights.items():
+            check_number("auxiliary.weights", name, weight, 0)
         if len(set(self.targets)) != len(self.targets):
             raise ValueError(f"auxiliary.targets names one twice: {', '.join(self.targets)}")
         unknown = [name for name in self.weights if name not in (*self.targets, *TARGETS)]
@@ -156,8 +157,7 @@ class LossConfig:
     entropy: float = 0.01
 
     def __post_init__(self) -> None:
-        names = ("reconstruction", "perceptual", "perceptual_warmup", "kl", "entropy")
-        _not_negative("loss", **{name: getattr(self, name) for name in names})
+        _not_negative("loss", self, "reconstruction", "perceptual", "perceptual_warmup", "kl", "entropy")
 
 
 @dataclass(frozen=True)
@@ -181,8 +181,7 @@ class AdversarialConfig:
     learning_rate: float = 1.0
 
     def __post_init__(self) -> None:
-        names = ("weight", "start", "lecam", "consistency", "learning_rate")
-        _not_negative("adversarial", **{name: getattr(self, name) for name in names})
+        _not_negative("adversarial", self, "weight", "start", "lecam", "consistency", "learning_rate")
 
 
 @dataclass(frozen=True)
@@ -204,8 +203,7 @@ class OptimizerConfig:
     clip: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "weight_decay", "warmup", "final", "clip"):
-            _not_negative("optimizer", **{name: getattr(self, name)})
+        _not_negative("optimizer", self, "learning_rate", "weight_decay", "warmup", "final", "clip")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optimizer.betas must lie in [0, 1), got {self.betas}")
 
@@ -256,8 +254,7 @@ class LoopConfig:
     def __post_init__(self) -> None:
         names = ("steps", "batch", "accumulate", "log_every", "keep", "max_bad_steps")
         check_positive("loop", **{name: getattr(self, name) for name in names})
-        others = ("seed", "picture_every", "validate_every", "checkpoint_every")
-        _not_negative("loop", **{name: getattr(self, name) for name in others})
+        _not_negative("loop", self, "seed", "picture_every", "validate_every", "checkpoint_every")
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from maetok_fast._optional import probe
 from maetok_fast.checks import check_number, check_positive
 from maetok_fast.kernels import backend
+from maetok_fast.models.auxiliary import CAPTION_TOKENS
 from maetok_fast.training.teachers import TEACHERS
 
 __all__ = ["count_flops", "model_flops", "teacher_flops"]
-
-_CAPTION_TOKENS = 77  # of CLIP's text towers
 
 
 def count_flops(fn: Callable[[], Any]) -> int:
@@ -63,7 +62,7 @@ def model_flops(model: nn.Module, image_size: int, *, dropped: float = 0.0, teac
         more["mask"] = torch.zeros(1, tokens, dtype=torch.bool, device="meta")
         more["kept"] = torch.zeros(1, tokens - math.ceil(tokens * dropped), dtype=torch.int64, device="meta")
     if getattr(twin, "caption", None) is not None:
-        ids = torch.zeros(1, _CAPTION_TOKENS, dtype=torch.int64, device="meta")
+        ids = torch.zeros(1, CAPTION_TOKENS, dtype=torch.int64, device="meta")
         more["text"] = ids, ids.bool()
 
     def step() -> None:

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from maetok_fast.data.images import psnr, to_uint8
 from maetok_fast.data.loader import Batch, Batches
 from maetok_fast.layers import EMA
 from maetok_fast.training.checkpoints import Checkpoints, TrainingError, load_tensors, save_tensors, write_json
@@ -37,9 +38,11 @@ from maetok_fast.training.world import World
 if TYPE_CHECKING:
     from maetok_fast.training.observe import Observer
 
-__all__ = ["Loop", "Network", "Stage"]
+__all__ = ["Loop", "Network", "Stage", "active", "optimize", "prepare"]
 
 log = logging.getLogger("maetok_fast")
+
+HIGHEST_DB = 148.0  # an equal pair's part in a mean: infinity would be the mean
 
 
 @dataclass
@@ -87,6 +90,43 @@ class Stage(Protocol):
 Examples = Callable[[], Iterator[Tensor]]  # images (B, 3, H, W) in [-1, 1] of this rank, in one order every time
 
 
+def prepare(run: Run, stage: Stage, world: World) -> EMA:
+    """The stage's networks on their device, wrapped, with their optimizers; the average that follows them."""
+    for network in stage.networks:
+        network.module.to(world.device)
+        if run.loop.checkpointing:
+            _checkpoint_activations(network.blocks)
+        network.called = world.wrap(network.module, network.blocks, network.shard)
+        groups = parameter_groups(network.module, run.optimizer.weight_decay)
+        network.optimizer = GuardedAdamW(groups, run.optimizer, network.rate)
+    ema = EMA(stage.averaged, run.ema.decay)
+    if run.ema.dtype == "bf16":
+        ema.to(torch.bfloat16)
+    stage.begin(world)
+    return ema
+
+
+def active(stage: Stage, step: int) -> list[Network]:
+    """Those that this step trains."""
+    return [network for network in stage.networks if step >= network.first]
+
+
+def optimize(run: Run, stage: Stage, ema: EMA, step: int) -> dict[str, Tensor]:
+    """The step of every active network from the gradients that are there, and of the average. Returns the gradients'
+    norms and "finite", whether all were, 1 or 0: scalars on the device."""
+    rate = learning_rate(run.optimizer, step, run.loop.steps, run.loop.batch)
+    values: dict[str, Tensor] = {}
+    flags = []
+    for network in active(stage, step):
+        values[f"gradient/{network.name}"], finite = network.optimizer.step(rate)
+        network.optimizer.zero_grad()
+        flags.append(finite)
+        if network is stage.networks[0]:
+            ema.update(stage.averaged, 1 - (1 - ema.decay) * finite.double())
+    values["finite"] = torch.stack(flags).all().float()
+    return values
+
+
 class Loop:
     """One run. `fit` trains until `run.loop.steps`, from the newest checkpoint in `run.out` on."""
 
@@ -116,17 +156,7 @@ class Loop:
         self._asked_to_stop = False
         self._ids: list[tuple[int, list[int]]] = []
         torch.manual_seed(run.loop.seed + 1_000_003 * world.rank)
-        for network in stage.networks:
-            network.module.to(world.device)
-            if run.loop.checkpointing:
-                _checkpoint_activations(network.blocks)
-            network.called = world.wrap(network.module, network.blocks, network.shard)
-            groups = parameter_groups([("", network.module)], run.optimizer.weight_decay)
-            network.optimizer = GuardedAdamW(groups, run.optimizer, network.rate)
-        self.ema = EMA(stage.averaged, run.ema.decay)
-        if run.ema.dtype == "bf16":
-            self.ema.to(torch.bfloat16)
-        stage.begin(world)
+        self.ema = prepare(run, stage, world)
 
     # ---- training ----
 
@@ -168,7 +198,6 @@ class Loop:
 
     def _one_step(self, batches: Batches) -> dict[str, Tensor]:
         run, parts = self.run, self.run.loop.accumulate
-        active = [n for n in self.stage.networks if self.step >= n.first]
         for network in self.stage.networks:
             network.module.train()
         values: dict[str, Tensor] = {}
@@ -176,23 +205,12 @@ class Loop:
             batch = next(batches)
             self._ids.append((self.step, list(batch.indices)))
             with contextlib.ExitStack() as stack:
-                for network in active:
+                for network in active(self.stage, self.step):
                     stack.enter_context(self.world.without_sync(network.called, part + 1 < parts))
                 for name, value in self.stage.backward(batch, self.step, part, parts).items():
                     values[name] = values[name] + value if name in values else value
         values = {name: value / parts for name, value in values.items()} if parts > 1 else values
-        rate = learning_rate(run.optimizer, self.step, run.loop.steps, run.loop.batch)
-        finite_all: Tensor | None = None
-        for network in active:
-            norm, finite = network.optimizer.step(rate)
-            values[f"gradient/{network.name}"] = norm
-            finite_all = finite if finite_all is None else finite_all & finite
-            network.optimizer.zero_grad()
-            if network is self.stage.networks[0]:
-                self.ema.update(self.stage.averaged, 1 - (1 - self.ema.decay) * finite.double())
-        assert finite_all is not None
-        values["finite"] = finite_all.float()
-        return values
+        return values | optimize(run, self.stage, self.ema, self.step)
 
     def _read(self, pending: list[dict[str, Tensor]]) -> dict[str, float]:
         """Means over the steps since the last log, in one copy to the host; bad steps are counted and their samples
@@ -275,31 +293,28 @@ class Loop:
     def _picture(self, observer: Observer) -> None:
         with self._averaged():
             for images in self.examples():
-                images = images[:8].to(self.world.device)
+                images = images.to(self.world.device)
                 observer.picture(self.step, images, self.stage.reconstruct(images))
                 break
 
     def _validate(self, observer: Observer) -> None:
         """PSNR of the averaged model on the validation images, 8-bit pixels; the best checkpoint is the highest's."""
-        sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
+        scores: list[float] = []
         with self._averaged():
             for images in self.examples():
-                images = images.to(self.world.device)
-                levels = [
-                    (x.float() + 1).mul(127.5).round().clamp(0, 255) for x in (images, self.stage.reconstruct(images))
-                ]
-                mse = (levels[0] - levels[1]).square().mean((1, 2, 3)).double().clamp_min(1e-10)
-                sums += torch.stack([(10 * torch.log10(255.0**2 / mse)).sum(), mse.new_tensor(len(mse))])
+                results = to_uint8(self.stage.reconstruct(images.to(self.world.device)))
+                scores += [min(psnr(*pair), HIGHEST_DB) for pair in zip(to_uint8(images), results)]
+        sums = torch.tensor([sum(scores), len(scores)], dtype=torch.float64, device=self.world.device)
         total, count = self.world.sum(sums).tolist()
         if not count:
             return
-        psnr = total / count
-        observer.record(self.step, {"validation/psnr": psnr})
+        mean = total / count
+        observer.record(self.step, {"validation/psnr": mean})
         best = self.world.gathered(self.checkpoints.best())[0]  # what rank 0 finds, for all
-        if psnr > best.get("psnr", float("-inf")):
+        if mean > best.get("psnr", float("-inf")):
             self.save()
             if self.world.main:
-                self.checkpoints.mark_best(self.step, psnr=psnr)
+                self.checkpoints.mark_best(self.step, psnr=mean)
             self.world.barrier()
 
     # ---- checkpoints ----
@@ -317,7 +332,10 @@ class Loop:
         for network in self.stage.networks:
             networks |= whole({f"{network.name}.{k}": v for k, v in module_state(network.module).items()})
             moments |= whole({f"{network.name}.{k}": v for k, v in network.optimizer.state().items()})
-        average = whole(module_state(self.stage.averaged))
+        # the averaged module is a part of the first network, whose tensors are at hand
+        first = self.stage.networks[0]
+        inside = next(name for name, part in first.module.named_modules() if part is self.stage.averaged)
+        average = _under(networks, f"{first.name}.{inside}" if inside else first.name)
         average |= {name: value.to(average[name].dtype) for name, value in whole(self.ema.average).items()}
         rank = f"rank_{self.world.rank:05d}"
         save_tensors(folder / f"{rank}.safetensors", random_state(self.world.device))

@@ -2,7 +2,7 @@
 """One optimizer step that a gradient which is not finite cannot spoil, without asking the host.
 
     gradients ── norm, clipped ── finite? (a tensor on the device) ── fused AdamW, which does nothing where it is not
-                                     └── the average's decay is 1 there (`decay_of`), the log shows it later
+                                     └── the average stands still there (`loop.optimize`), the log shows it later
 
 The learning rate is a function of the step alone, so that nothing of a schedule has to be saved.
 """
@@ -10,13 +10,13 @@ The learning rate is a function of the step alone, so that nothing of a schedule
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from maetok_fast.training.configs import OptimizerConfig
+from maetok_fast.training.state import like
 
 __all__ = ["GuardedAdamW", "learning_rate", "parameter_groups"]
 
@@ -24,16 +24,15 @@ __all__ = ["GuardedAdamW", "learning_rate", "parameter_groups"]
 _UNDECAYED = ("freqs", "mask_token", "cls_token", "latent_tokens", "latent_pos_embed", "pos_embed")
 
 
-def parameter_groups(modules: Iterable[tuple[str, nn.Module]], decay: float) -> list[dict[str, Any]]:
+def parameter_groups(module: nn.Module, decay: float) -> list[dict[str, Any]]:
     """Trainable parameters in two groups: matrices and kernels with weight decay; biases, norms, tokens, positions and
     frequencies without. Each group has `names` beside `params`."""
     decayed: list[tuple[str, nn.Parameter]] = []
     others: list[tuple[str, nn.Parameter]] = []
-    for prefix, module in modules:
-        for name, parameter in module.named_parameters(prefix):
-            if parameter.requires_grad:
-                plain = parameter.ndim < 2 or name.rpartition(".")[2] in _UNDECAYED
-                (others if plain else decayed).append((name, parameter))
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            plain = parameter.ndim < 2 or name.rpartition(".")[2] in _UNDECAYED
+            (others if plain else decayed).append((name, parameter))
     groups = ((decayed, decay), (others, 0.0))
     return [
         {"params": [p for _, p in rows], "names": [name for name, _ in rows], "weight_decay": share}
@@ -105,7 +104,7 @@ class GuardedAdamW:
     # ---- state, by the parameters' names ----
 
     def state(self) -> dict[str, Tensor]:
-        """ "name/exp_avg" -> tensor, as they lie (sharded where the parameter is)."""
+        """<name>/exp_avg -> tensor, as they lie (sharded where the parameter is)."""
         found = {}
         for name, parameter in zip(self.names, self.parameters):
             for key, value in self.optimizer.state.get(parameter, {}).items():
@@ -118,8 +117,6 @@ class GuardedAdamW:
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
         """What `state` gave, whole tensors. KeyError for a parameter that this optimizer does not have."""
-        from maetok_fast.training.state import like
-
         known = dict(zip(self.names, self.parameters))
         for key, value in state.items():
             name, _, entry = key.rpartition("/")

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from maetok_fast.checks import check_positive, check_tensor
 from maetok_fast.kernels import sample_mask
 from maetok_fast.layers import HOG
+from maetok_fast.models.auxiliary import CAPTION_TOKENS, VOCABULARY
 from maetok_fast.precision import AUTO
 from maetok_fast.training.teachers import PATCH, Teacher
 
@@ -45,7 +46,6 @@ __all__ = [
 ]
 
 _CAPTION, _HOG = "caption", "hog"
-CAPTION_TOKENS, VOCABULARY = 77, 49408  # of CLIP's text towers
 _START, _END = VOCABULARY - 2, VOCABULARY - 1
 # Captions and images of one seed would share their random words: the captions' seed has these bits turned.
 _CAPTION_STREAM = 0x0C4A_971D_0B5E_77ED

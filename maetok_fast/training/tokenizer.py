@@ -226,19 +226,13 @@ class TokenizerStage:
         self, out: Reconstruction, targets: dict[str, Any], mask: Tensor | None, values: dict[str, Tensor]
     ) -> Tensor | None:
         """The bottleneck's and the auxiliary losses, weighted and added up; None where there are none."""
-        run, total = self.run, None
-        shares = {"kl": run.loss.kl, "entropy": run.loss.entropy, "caption": run.auxiliary.weights.get("caption", 1.0)}
-        for name, value in out.losses.items():
-            values[name] = value.detach()
-            part = shares[name] * value
-            total = part if total is None else total + part
+        run, losses = self.run, dict(out.losses)
+        weights = {"kl": run.loss.kl, "entropy": run.loss.entropy, **run.auxiliary.weights}
         if self.targets is not None:
-            losses = self.targets.losses(out.predictions, targets, mask if run.auxiliary.masked_only else None)
-            for name, value in losses.items():
-                values[name] = value.detach()
-                part = run.auxiliary.weights.get(name, 1.0) * value
-                total = part if total is None else total + part
-        return total
+            losses |= self.targets.losses(out.predictions, targets, mask if run.auxiliary.masked_only else None)
+        values |= {name: value.detach() for name, value in losses.items()}
+        parts = [weights.get(name, 1.0) * value for name, value in losses.items()]
+        return torch.stack(parts).sum() if parts else None
 
     def _discriminator_backward(self, real: Tensor, fake: Tensor, parts: int, values: dict[str, Tensor]) -> None:
         assert self.discriminator is not None

@@ -106,15 +106,16 @@ class World:
 
     def mean(self, x: Tensor) -> Tensor:
         """The mean over ranks, on every rank; no host synchronisation."""
-        if self.size == 1:
-            return x
-        reduced: Tensor = self.accelerator.reduce(x, reduction="mean")
-        return reduced
+        return self._reduced(x, "mean")
 
     def sum(self, x: Tensor) -> Tensor:
+        """The sum, likewise."""
+        return self._reduced(x, "sum")
+
+    def _reduced(self, x: Tensor, how: str) -> Tensor:
         if self.size == 1:
             return x
-        reduced: Tensor = self.accelerator.reduce(x, reduction="sum")
+        reduced: Tensor = self.accelerator.reduce(x, reduction=how)
         return reduced
 
     def gathered(self, value: Any) -> list[Any]:

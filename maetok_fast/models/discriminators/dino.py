@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import spectral_norm
 
+from maetok_fast.checks import check_images
 from maetok_fast.kernels import embed_tokens, norm_act
 from maetok_fast.layers import Attention, LayerNorm, Mlp, NormAct, PatchEmbed, Residual
 from maetok_fast.models.checkpoints import CheckpointError
@@ -35,7 +36,7 @@ from maetok_fast.models.checkpoints.copies import pick
 from maetok_fast.models.checkpoints.files import read_weights
 from maetok_fast.models.checkpoints.locate import locate
 from maetok_fast.models.configs import ViTSize, grid_of
-from maetok_fast.models.discriminators._conv import SLOPE, check_images
+from maetok_fast.models.discriminators._conv import SLOPE
 
 __all__ = ["DinoDiscriminator", "DinoTrunk"]
 

@@ -14,9 +14,9 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from maetok_fast.checks import check_positive
+from maetok_fast.checks import check_images, check_positive
 from maetok_fast.layers import NormAct
-from maetok_fast.models.discriminators._conv import ConvAct, check_images
+from maetok_fast.models.discriminators._conv import ConvAct
 
 __all__ = ["MaskBitDiscriminator"]
 

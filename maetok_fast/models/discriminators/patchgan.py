@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maetok_fast.checks import check_positive
+from maetok_fast.checks import check_images, check_positive
 from maetok_fast.kernels import affine_act
 from maetok_fast.layers import NormAct
-from maetok_fast.models.discriminators._conv import SLOPE, ConvAct, check_images
+from maetok_fast.models.discriminators._conv import SLOPE, ConvAct
 
 __all__ = ["ActNormAct", "PatchGAN"]
 

@@ -19,9 +19,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from maetok_fast.checks import check_integers
+from maetok_fast.checks import check_images, check_integers
 from maetok_fast.kernels import blur_down
-from maetok_fast.models.discriminators._conv import SLOPE, ConvAct, check_images
+from maetok_fast.models.discriminators._conv import SLOPE, ConvAct
 
 __all__ = ["StyleGANDiscriminator"]
 
