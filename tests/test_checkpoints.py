@@ -345,6 +345,7 @@ OTHER: dict[Any, tuple[Any, dict[str, Any]]] = {
             "time": ["sit"],
             "conditions": [("r",), ("beta",), ("r", "beta")],
             "exit_depth": [1, 2],
+            "prediction": ["x"],
         },
     ),
 }

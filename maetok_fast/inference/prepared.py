@@ -231,7 +231,7 @@ class PreparedGenerator(_Prepared[DiffusionTransformer]):
                 plan.modulations = None  # free the last chunk before the next is made
                 plan.first = i // plan.chunk_steps * plan.chunk_steps
                 t, y, conditions = plan.chunk()
-                plan.modulations = self.model.modulations(self.model.condition(t, y, **conditions))
+                plan.modulations = self.model.modulations(self.model.condition(t, y, **conditions), t)
             return _in_dtype(self.model.forward_modulated(inputs, plan.of_step(i), exits), x.dtype)
 
 

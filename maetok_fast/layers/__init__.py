@@ -3,9 +3,11 @@
 
 transformer.py   what every model here is made of: norms, attention, MLPs, residuals, embedders
 tokenizer.py     RoPEAttention, PatchMask, HOG
+recompute.py     what a training step makes again instead of keeping it
 adversarial.py   LPIPSTail, DiffAugment, NormAct, EMA
 """
 
 from maetok_fast.layers.adversarial import *
+from maetok_fast.layers.recompute import *
 from maetok_fast.layers.tokenizer import *
 from maetok_fast.layers.transformer import *

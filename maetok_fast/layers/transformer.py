@@ -33,6 +33,7 @@ from maetok_fast.kernels import (
     swiglu,
 )
 from maetok_fast.kernels._dispatch import autocasts
+from maetok_fast.layers.recompute import again
 
 __all__ = [
     "Attention",
@@ -214,7 +215,10 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Linear -> GELU -> Linear. `approximate`: "none" (erf, timm's ViT and MAETok) or "tanh" (DiT and SiT)."""
+    """Linear -> GELU -> Linear. `approximate`: "none" (erf, timm's ViT and MAETok) or "tanh" (DiT and SiT).
+    `recompute`: the GELU's result is not kept for the backward pass (recompute.py)."""
+
+    recompute = False
 
     def __init__(self, dim: int, hidden: int, approximate: str = "none") -> None:
         super().__init__()
@@ -224,6 +228,11 @@ class Mlp(nn.Module):
         self.fc2: nn.Linear = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            before = self.fc1(x)
+            y = bias_gelu(before, None, self.approximate)
+            with again(y, bias_gelu, before, None, self.approximate):
+                return self.fc2(y)
         if isinstance(self.fc1, Linear):
             return self.fc2(self.fc1(x, "gelu_tanh" if self.approximate == "tanh" else "gelu"))
         # exchanged for a layer of another precision, which only a call of the module reaches. fc1 keeps its bias: the
@@ -232,7 +241,10 @@ class Mlp(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """`w3(silu(a) * b)` with `[a | b] = w12(x)`: one GEMM for both halves (DINOv2's and LightningDiT's layout)."""
+    """`w3(silu(a) * b)` with `[a | b] = w12(x)`: one GEMM for both halves (DINOv2's and LightningDiT's layout).
+    `recompute`: as `Mlp`'s."""
+
+    recompute = False
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -241,7 +253,10 @@ class SwiGLU(nn.Module):
         self.w3 = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w3(swiglu(self.w12(x)))
+        before = self.w12(x)
+        y = swiglu(before)
+        with again(y, swiglu, before, wanted=self.recompute):
+            return self.w3(y)
 
 
 class Modulation(nn.Sequential):

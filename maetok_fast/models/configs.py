@@ -140,7 +140,8 @@ class SiTConfig:
     channels of which the last C are dropped. time: "maetok" (t = 0 data) or "sit" (t = 1 data; flipped in forward).
     conditions: scalars beside t and y that the network is told: "r", the other end of a step whose average velocity it
     predicts (MeanFlow), "beta", guidance-free training's temperature. exit_depth: after so many blocks a second final
-    layer predicts the velocity too (internal guidance); None: there is none.
+    layer predicts the velocity too (internal guidance); None: there is none. prediction: what the last layer gives:
+    "v", or "x", the data, of which the linear path's velocity is (x_t - data) / max(t, 0.05) (JiT, arXiv 2511.13720).
     """
 
     tokens: int | tuple[int, int] = 128
@@ -157,6 +158,7 @@ class SiTConfig:
     time: str = "maetok"
     conditions: tuple[str, ...] = ()
     exit_depth: int | None = None
+    prediction: str = "v"
 
     def __post_init__(self) -> None:
         name, tokens = type(self).__name__, self.tokens
@@ -190,6 +192,10 @@ class SiTConfig:
         if not isinstance(self.conditions, tuple) or not set(self.conditions) <= set(CONDITIONS):
             raise ValueError(f"{name}: conditions must be a tuple of {', '.join(CONDITIONS)}; got {self.conditions!r}")
         object.__setattr__(self, "conditions", tuple(c for c in CONDITIONS if c in self.conditions))
+        if self.prediction not in ("v", "x"):
+            raise ValueError(f"{name}: prediction {self.prediction!r} is not 'v' (the velocity) or 'x' (the data)")
+        if self.prediction == "x" and "r" in self.conditions:
+            raise ValueError(f"{name}: prediction 'x' is of a point, and condition 'r' asks for averages of velocities")
         if self.exit_depth is not None:
             check_integers(name, exit_depth=self.exit_depth)
             if not 1 <= self.exit_depth < self.depth:

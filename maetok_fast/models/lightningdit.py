@@ -28,6 +28,7 @@ from maetok_fast.layers import (
     Modulation,
     RMSNorm,
     SwiGLU,
+    again,
 )
 from maetok_fast.models.checkpoints.generators import LIGHTNINGDIT
 from maetok_fast.models.configs import LightningDiTConfig
@@ -42,7 +43,10 @@ def _norm(config: LightningDiTConfig) -> LayerNorm | RMSNorm:
 
 
 class LightningDiTBlock(nn.Module):
-    """modulation (B, 6D) as SiT's, or (B, 4D) = [scale_msa, gate_msa, scale_mlp, gate_mlp] without shifts."""
+    """modulation (B, 6D) as SiT's, or (B, 4D) = [scale_msa, gate_msa, scale_mlp, gate_mlp] without shifts.
+    `recompute`: as `SiTBlock`'s."""
+
+    recompute = False
 
     def __init__(self, config: LightningDiTConfig) -> None:
         super().__init__()
@@ -58,8 +62,14 @@ class LightningDiTBlock(nn.Module):
         self.adaLN_modulation = Modulation(config.dim, (6 if config.shift else 4) * config.dim)
 
     def forward(
-        self, x: Tensor, modulation: Tensor | None, rope: Tensor | None = None, activated: Tensor | None = None
+        self,
+        x: Tensor,
+        modulation: Tensor | None,
+        rope: Tensor | None = None,
+        activated: Tensor | None = None,
+        index: Tensor | None = None,
     ) -> Tensor:
+        """As `SiTBlock`'s."""
         if modulation is None:
             modulation = self.adaLN_modulation.linear(activated)
         if self.shift:
@@ -67,9 +77,13 @@ class LightningDiTBlock(nn.Module):
         else:
             scale_msa, gate_msa, scale_mlp, gate_mlp = modulation.chunk(4, dim=-1)
             shift_msa, shift_mlp = None, None
-        branch = self.attn(self.norm1(x, shift_msa, scale_msa), rope)
+        y = self.norm1(x, shift_msa, scale_msa)
+        with again(y, self.norm1, x, shift_msa, scale_msa, wanted=self.recompute):
+            branch = self.attn(y, rope, index=index)
         x, y = self.norm2.after(x, branch, gate_msa, shift_mlp, scale_mlp)
-        return self.residual(x, self.mlp(y), gate_mlp)
+        with again(y, self.norm2, x, shift_mlp, scale_mlp, wanted=self.recompute):
+            branch = self.mlp(y)
+        return self.residual(x, branch, gate_mlp)
 
 
 class RopeBuffers(nn.Module):

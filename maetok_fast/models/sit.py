@@ -20,6 +20,9 @@ Options of the configuration: more scalars in c, each by an embedder like t's: "
 arXiv 2501.15420); and a second final layer after `exit_depth` blocks, whose velocity `exits=True` returns beside the
 model's (internal guidance, arXiv 2512.24176).
 
+`forward_training` is the same network for its training: tokens between two blocks (`taps`), and a `Route`, a run of
+blocks that only some of the tokens go through, the others joining them again behind it (TREAD, arXiv 2501.04765).
+
 Time: the network itself knows no direction. Weights trained in the MAETok/REPA convention, t = 0 data and t = 1 noise,
 v = noise - data, are what this package's API means everywhere; `time="sit"` in the config marks weights of the official
 SiT and LightningDiT convention (t = 1 data, v = data - noise): forward then flips t and the sign of v for them.
@@ -35,6 +38,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from maetok_fast.checks import check_dtype, check_labels, check_tensor, check_times
+from maetok_fast.kernels import gather_tokens, scatter_tokens
 from maetok_fast.layers import (
     Attention,
     GatedResidual,
@@ -44,6 +48,7 @@ from maetok_fast.layers import (
     Modulation,
     PatchEmbed,
     TimestepEmbedder,
+    again,
     unpatchify,
 )
 from maetok_fast.models.checkpoints import Pretrained
@@ -51,27 +56,51 @@ from maetok_fast.models.checkpoints.generators import SIT
 from maetok_fast.models.configs import SiTConfig
 from maetok_fast.positions import sincos_1d, sincos_2d
 
-__all__ = ["Modulations", "SiT"]
+__all__ = ["Inside", "Modulations", "Route", "SiT"]
+
+_LEAST_T = 0.05  # of a predicted datum's velocity: (x - data) / t loses its digits where t goes to 0 (JiT's floor)
 
 
 class Modulations(NamedTuple):
     """All adaLN modulations of a batch: `blocks`, one (B, 6D) per block, `final` (B, 2D), and the early exit's (B, 2D)
-    where the model has one."""
+    where the model has one; t (B,) where the last layer predicts the data."""
 
     blocks: tuple[Tensor, ...]
     final: Tensor
     exit: Tensor | None = None
+    t: Tensor | None = None
 
     def rows(self, index: slice | Tensor) -> Modulations:
         """The same for a slice (or index tensor) of the batch: one sampling step of many computed at once."""
-        out = None if self.exit is None else self.exit[index]
-        return Modulations(tuple(b[index] for b in self.blocks), self.final[index], out)
+        out, t = (None if part is None else part[index] for part in (self.exit, self.t))
+        return Modulations(tuple(b[index] for b in self.blocks), self.final[index], out, t)
+
+
+class Route(NamedTuple):
+    """Blocks first .. last - 1 see the tokens `kept` (B, K) int64 alone, ascending; mask (B, N) bool is True at the
+    others, which skip them. Both as `kernels.sample_visible` and `random_mask` draw them."""
+
+    first: int
+    last: int
+    kept: Tensor
+    mask: Tensor
+
+
+class Inside(NamedTuple):
+    """What a forward in training gives: the velocity, the early exit's (None where there is none), and `hidden`: the
+    tokens behind each block asked for, (B, N, D), or (B, K, D) inside a route."""
+
+    velocity: Tensor
+    early: Tensor | None
+    hidden: tuple[Tensor, ...]
 
 
 class SiTBlock(nn.Module):
     """adaLN-zero block. modulation (B, 6D) = [shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp], or None:
     then it is computed here, from `activated` = silu(c) (B, D), so that a block's forward alone uses its parameters
-    (`fully_shard` of one block after the other)."""
+    (`fully_shard` of one block after the other). `recompute`: what its norms make is not kept for the backward pass."""
+
+    recompute = False
 
     def __init__(self, config: SiTConfig) -> None:
         super().__init__()
@@ -83,14 +112,24 @@ class SiTBlock(nn.Module):
         self.adaLN_modulation = Modulation(config.dim, 6 * config.dim)
 
     def forward(
-        self, x: Tensor, modulation: Tensor | None, rope: Tensor | None = None, activated: Tensor | None = None
+        self,
+        x: Tensor,
+        modulation: Tensor | None,
+        rope: Tensor | None = None,
+        activated: Tensor | None = None,
+        index: Tensor | None = None,
     ) -> Tensor:
+        """index (B, N): the rows of rope that turn the tokens, where those are not all."""
         if modulation is None:
             modulation = self.adaLN_modulation.linear(activated)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
-        branch = self.attn(self.norm1(x, shift_msa, scale_msa), rope)
+        y = self.norm1(x, shift_msa, scale_msa)
+        with again(y, self.norm1, x, shift_msa, scale_msa, wanted=self.recompute):
+            branch = self.attn(y, rope, index=index)
         x, y = self.norm2.after(x, branch, gate_msa, shift_mlp, scale_mlp)
-        return self.residual(x, self.mlp(y), gate_mlp)
+        with again(y, self.norm2, x, shift_mlp, scale_mlp, wanted=self.recompute):
+            branch = self.mlp(y)
+        return self.residual(x, branch, gate_mlp)
 
 
 class FinalLayer(nn.Module):
@@ -137,6 +176,8 @@ class DiffusionTransformer(Pretrained):
         self.y_embedder = LabelEmbedder(config.num_classes, dim, config.label_dropout)
         self.r_embedder = TimestepEmbedder(dim) if "r" in config.conditions else None
         self.beta_embedder = TimestepEmbedder(dim) if "beta" in config.conditions else None
+        if config.prediction == "x":  # so that weights without their config.json show it
+            self.register_buffer("predicts_data", torch.ones(()))
         # fixed, but a parameter in the public checkpoints
         self.pos_embed = nn.Parameter(table.unsqueeze(0).to(torch.get_default_dtype()), requires_grad=False)
 
@@ -189,25 +230,67 @@ class DiffusionTransformer(Pretrained):
             c = c + self.beta_embedder(cast(Tensor, beta))
         return c
 
-    def modulations(self, c: Tensor) -> Modulations:
+    def modulations(self, c: Tensor, t: Tensor | None = None) -> Modulations:
         """c (B, D) -> every block's and the final layers' modulation. Rows of c are independent, so c may stack the
-        conditions of many sampling steps; `Modulations.rows` then picks one step's."""
+        conditions of many sampling steps; `Modulations.rows` then picks one step's. t (B,): their times, which a model
+        that predicts the data needs."""
+        if self.config.prediction == "x" and t is None:
+            raise ValueError(f"this {type(self).__name__} predicts the data: give modulations(c, t) the times too")
         c = F.silu(c)
         early = self.final_layer_xr
         return Modulations(
             tuple(cast(Modulation, block.adaLN_modulation).linear(c) for block in self.blocks),
             self.final_layer.adaLN_modulation.linear(c),
             None if early is None else early.adaLN_modulation.linear(c),
+            t if self.config.prediction == "x" else None,
         )
 
     def rope(self) -> Tensor | None:
         return None
 
     def forward_modulated(self, x: Tensor, modulations: Modulations, exits: bool = False) -> Any:
-        """Velocity for latents x, given `modulations(condition(t, y))` of the same batch; exits: as `forward`'s."""
-        return self._velocity(x, modulations, None, exits)
+        """Velocity for latents x, given `modulations(condition(t, y), t)` of the same batch; exits: as `forward`'s."""
+        return _with_exit(self._run(x, modulations.t, modulations, None, exits), exits)
 
-    def _velocity(self, x: Tensor, modulations: Modulations | None, activated: Tensor | None, exits: bool) -> Any:
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor, r: Tensor | None = None, beta: Tensor | None = None, exits: bool = False
+    ) -> Any:
+        """x (B, L, C) or (B, C, H, W), t (B,) in [0, 1] with 0 = data and 1 = noise, y (B,) int64 in [0, num_classes],
+        num_classes (1000) being the null class -> v = noise - data, of x's shape. r, beta: as `condition`'s. exits: the
+        early exit's velocity beside it, (v, early)."""
+        return _with_exit(self.forward_training(x, t, y, r, beta, exits=exits), exits)
+
+    def forward_training(
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor,
+        r: Tensor | None = None,
+        beta: Tensor | None = None,
+        *,
+        exits: bool = False,
+        route: Route | None = None,
+        taps: tuple[int, ...] = (),
+    ) -> Inside:
+        """`forward`, and what lies inside: taps: the tokens behind that many blocks each, ascending, in 1 .. depth."""
+        check_tensor("t", t, (x.shape[0] if isinstance(x, Tensor) else "B",))
+        if route is not None and not 0 <= route.first < route.last <= self.config.depth:
+            raise ValueError(
+                f"a route's blocks must be 0 <= first < last <= depth = {self.config.depth}, got {route.first} and "
+                f"{route.last}"
+            )
+        return self._run(x, t, None, F.silu(self.condition(t, y, r, beta)), exits, route, taps)
+
+    def _run(
+        self,
+        x: Tensor,
+        t: Tensor | None,
+        modulations: Modulations | None,
+        activated: Tensor | None,
+        exits: bool,
+        route: Route | None = None,
+        taps: tuple[int, ...] = (),
+    ) -> Inside:
         """By modulations, or by silu(c) (B, D), of which each block then makes its own."""
         config, early = self.config, self.final_layer_xr
         shape = (
@@ -219,30 +302,45 @@ class DiffusionTransformer(Pretrained):
             raise ValueError(f"this {type(self).__name__} has no early exit (exit_depth is None in its config)")
         tokens = self.embed(x)
         rope = self.rope()
-        left = None
+        left, skipped, index = None, None, None
+        hidden: list[Tensor] = []
         for i, block in enumerate(self.blocks):
-            tokens = block(tokens, None if modulations is None else modulations.blocks[i], rope, activated)
+            if route is not None and i == route.first:
+                skipped, tokens = tokens, gather_tokens(tokens, route.kept)
+                index = None if rope is None else route.kept
+            tokens = block(tokens, None if modulations is None else modulations.blocks[i], rope, activated, index)
+            if i + 1 in taps:
+                hidden.append(tokens)
+            if route is not None and i + 1 == route.last:
+                assert skipped is not None
+                tokens, skipped, index = _joined(tokens, skipped, route), None, None
             if exits and early is not None and i + 1 == config.exit_depth:
-                left = self._leave(early(tokens, None if modulations is None else modulations.exit, activated))
-        v = self._leave(self.final_layer(tokens, None if modulations is None else modulations.final, activated))
-        return v if left is None else (v, left)
+                whole = tokens if skipped is None or route is None else _joined(tokens, skipped, route)
+                left = self._leave(early(whole, None if modulations is None else modulations.exit, activated), x, t)
+        v = self.final_layer(tokens, None if modulations is None else modulations.final, activated)
+        return Inside(self._leave(v, x, t), left, tuple(hidden))
 
-    def _leave(self, v: Tensor) -> Tensor:
+    def _leave(self, v: Tensor, x: Tensor, t: Tensor | None) -> Tensor:
         """What a final layer gives (B, N, patch * patch * channels) as a velocity of x's shape."""
         if self.grid is not None:
             v = unpatchify(v, self.grid, self.config.patch)
         if self.config.learn_sigma:
             v = v.chunk(2, dim=-1 if self.grid is None else 1)[0]
+        if self.config.prediction == "x":
+            assert t is not None
+            # of the linear path, in this package's convention whatever the network's time is
+            return (x - v) / t.to(v.dtype).clamp_min(_LEAST_T).view(-1, *(1,) * (x.ndim - 1))
         return -v if self.config.time == "sit" else v
 
-    def forward(
-        self, x: Tensor, t: Tensor, y: Tensor, r: Tensor | None = None, beta: Tensor | None = None, exits: bool = False
-    ) -> Any:
-        """x (B, L, C) or (B, C, H, W), t (B,) in [0, 1] with 0 = data and 1 = noise, y (B,) int64 in [0, num_classes],
-        num_classes (1000) being the null class -> v = noise - data, of x's shape. r, beta: as `condition`'s. exits: the
-        early exit's velocity beside it, (v, early)."""
-        check_tensor("t", t, (x.shape[0] if isinstance(x, Tensor) else "B",))
-        return self._velocity(x, None, F.silu(self.condition(t, y, r, beta)), exits)
+
+def _joined(routed: Tensor, skipped: Tensor, route: Route) -> Tensor:
+    """The routed tokens (B, K, D) at their places among those before the route (B, N, D)."""
+    placed = scatter_tokens(routed, route.kept, None, skipped.shape[1])
+    return torch.where(route.mask.unsqueeze(-1), skipped, placed)
+
+
+def _with_exit(found: Inside, exits: bool) -> Any:
+    return (found.velocity, found.early) if exits else found.velocity
 
 
 class SiT(DiffusionTransformer):

@@ -14,7 +14,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from maetok_fast.layers import Attention, LayerNorm, LayerScale, Mlp, Modulation, PatchEmbed, Residual, drop_path
+from maetok_fast.layers import (
+    Attention,
+    LayerNorm,
+    LayerScale,
+    Mlp,
+    Modulation,
+    PatchEmbed,
+    Residual,
+    again,
+    drop_path,
+)
 from maetok_fast.models.configs import ViTSize
 from maetok_fast.positions import resample_grid
 
@@ -22,7 +32,10 @@ __all__ = ["Block", "MoVQBlock", "MoVQNorm", "ViT"]
 
 
 class Block(nn.Module):
-    """Plain ViT block: x += ls1 * attn(norm1 x); x += ls2 * mlp(norm2 x) (DINOv2's layout)."""
+    """Plain ViT block: x += ls1 * attn(norm1 x); x += ls2 * mlp(norm2 x) (DINOv2's layout). `recompute`: what its norms
+    make is not kept for the backward pass."""
+
+    recompute = False
 
     def __init__(self, size: ViTSize, latent_dim: int, rate: float, affine: bool = True) -> None:
         super().__init__()
@@ -59,10 +72,16 @@ class Block(nn.Module):
         rows = x if repeated is None else torch.cat([x[:, : prefix + 1], x[:, prefix + repeated :]], dim=1)
         # offset 0: MoVQ's norm(x) * scale + shift, not 1 + scale; a plain norm has neither
         y = self.norm1(rows, shift1, scale1, offset=0.0)
-        y = self.attn(y, rope, prefix=prefix, first_query=first, num_queries=count, repeated=repeated, index=index)
+        with again(y, self.norm1, rows, shift1, scale1, 0.0, wanted=self.recompute):
+            branch = self.attn(
+                y, rope, prefix=prefix, first_query=first, num_queries=count, repeated=repeated, index=index
+            )
         kept = x if count is None else x.narrow(1, first, count)
-        x, y = self.ls1.normed(kept, drop_path(y, self.rate, self.training), self.norm2, shift2, scale2, offset=0.0)
-        return self.ls2(x, drop_path(self.mlp(y), self.rate, self.training))
+        branch = drop_path(branch, self.rate, self.training)
+        x, y = self.ls1.normed(kept, branch, self.norm2, shift2, scale2, offset=0.0)
+        with again(y, self.norm2, x, shift2, scale2, 0.0, wanted=self.recompute):
+            branch = self.mlp(y)
+        return self.ls2(x, drop_path(branch, self.rate, self.training))
 
 
 class MoVQBlock(Block):

@@ -36,6 +36,7 @@ _SIT_KEYS = frozenset(
         "flash_attn",
         "learn_sigma",
         "time_convention",
+        "prediction",
     }
 )
 _LIGHTNING_KEYS = _SIT_KEYS | {"use_qknorm", "use_swiglu", "use_rope", "use_rmsnorm", "wo_shift", "use_checkpoint"}
@@ -103,6 +104,7 @@ def _generator_fields(f: Facts) -> dict[str, Any]:
     if f.has("final_layer_xr.linear.weight"):  # internal guidance's; the blocks before it do not show
         exit_depth = f.unshown("exit_depth", f.number("encoder_depth", integer=True), min(8, depth - 1))
     conditions = tuple(name for name in CONDITIONS if f.has(f"{name}_embedder.mlp.0.weight"))
+    prediction = "x" if f.has("predicts_data") else "v"
     out = f.shape("final_layer.linear.weight", 2)[0]
     sigma = out == 2 * patch * patch * channels
     for key, value in (
@@ -114,6 +116,7 @@ def _generator_fields(f: Facts) -> dict[str, Any]:
         ("vae_1d", one_d),
         ("num_heads", heads),
         ("learn_sigma", sigma),
+        ("prediction", prediction),
     ):
         f.check(key, value)
     return {
@@ -129,6 +132,7 @@ def _generator_fields(f: Facts) -> dict[str, Any]:
         "learn_sigma": sigma,
         "conditions": conditions,
         "exit_depth": exit_depth,
+        "prediction": prediction,
     }
 
 
@@ -187,8 +191,10 @@ def _detect_lightningdit(f: Facts) -> dict[str, Any]:
 
 def _export_sit(config: Any) -> dict[str, Any]:
     tokens = config.tokens
-    exits = {} if config.exit_depth is None else {"encoder_depth": config.exit_depth}
-    return exits | {
+    own = {} if config.exit_depth is None else {"encoder_depth": config.exit_depth}
+    if config.prediction != "v":
+        own["prediction"] = config.prediction
+    return own | {
         "path_type": "linear",
         "input_size": list(tokens) if isinstance(shown(tokens), tuple) else shown(tokens),
         "patch_size": config.patch,
