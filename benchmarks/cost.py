@@ -15,7 +15,8 @@ then compiled ahead of time for sm_80, sm_90 and sm_100, and ptxas and nvdisasm 
 csrc/cuda/*.cu is compiled by nvcc for the same architectures, every instantiation is a row, its op is the file. Without
 nvcc these rows are taken over from the stored table, unchecked, and the report says so.
 
-Every row of the attention's tile table is compiled: those that no real sample reaches by `extra_samples`.
+Every row of the attention's tile table is compiled: those that no real sample reaches by `extra_samples`. What is no
+op (`ema_update`, `adamw_step`) takes lists of tensors and stands beside them: `run_lists`.
 
 Rules: no kernel spills; every 16-bit attention kernel has tensor-core
 instructions; wgmma is not serialised; no row of the tile table is left out.
@@ -75,9 +76,13 @@ class Launch:
     @property
     def label(self) -> str:
         names = [name for name, _ in self.signature]
-        shown = {names[i]: v for i, v in self.constants if names[i].isupper() and names[i] not in ("PAD", "MAIN")}
+        hidden = ("PAD", "MAIN", "BETA1", "BETA2")
+        shown = {names[i]: v for i, v in self.constants if names[i].isupper() and names[i] not in hidden}
         brief = " ".join(f"{k}={'x' if v is None else v}" for k, v in shown.items() if v not in (False, 0, "ieee"))
         kind = next((t[1:] for _, t in self.signature if t.startswith("*")), "")
+        # tensors behind a table of addresses: "fp32 - bf16", - for what is absent
+        likes = [t.lstrip("*").replace("constexpr", "-") for name, t in self.signature if name.endswith("_like")]
+        kind = " ".join(likes) or kind
         pointers = sum(t.startswith("*") for _, t in self.signature)
         return (
             f"{self.kernel.strip(chr(95))} ({kind} x{pointers} {brief} warps={self.num_warps} stages={self.num_stages})"
@@ -147,6 +152,8 @@ def record(
                 if "triton" in op.known:
                     for sample in [*(s for s in op.samples if s.real), *extra_samples(op.name)]:
                         _run(op, sample, getattr(torch, dtype), current)
+            if not records:
+                run_lists(current)
     finally:
         JITFunction.run = stock
         for module in attentions:
@@ -168,6 +175,40 @@ def _run(op: Any, sample: Any, dtype: Any, current: list[str]) -> None:
         launch_backward(op, "triton", a, results)
 
 
+def run_lists(current: list[str]) -> None:
+    """The launchers of what mutates lists of tensors, on meta tensors, for the dtypes that training has: parameters and
+    gradients in fp32 or 16 bits, with an average, a low-precision copy, or neither."""
+    import torch
+
+    from maetok_fast.kernels import adamw, ema
+
+    fp32, bf16 = torch.float32, torch.bfloat16
+    kinds: list[tuple[Any, Any, Any, Any]] = [  # parameter, gradient, average, copy
+        (fp32, fp32, None, None), (fp32, fp32, fp32, None), (fp32, fp32, fp32, bf16), (fp32, bf16, fp32, bf16),
+        (bf16, bf16, fp32, None),
+    ]  # fmt: skip
+
+    def of(dtype: Any) -> list[torch.Tensor]:
+        """SiT-XL's widest matrix and a bias, in one table."""
+        return [] if dtype is None else [torch.empty(s, dtype=dtype, device="meta") for s in ((6912, 1152), (6912,))]
+
+    def label(**kind: Any) -> str:
+        return ", ".join(f"{name} {str(d)[6:]}" for name, d in kind.items() if d is not None)
+
+    finite, scale, decay = (torch.empty((), dtype=d, device="meta") for d in (torch.bool, fp32, torch.float64))
+    for param, gradient, average, copy in kinds:
+        current[:] = ["adamw_step", "step", label(parameter=param, gradient=gradient, average=average, copy=copy)]
+        lists, grads = (of(param), of(fp32), of(fp32), of(average), of(copy)), of(gradient)
+        steps = [torch.empty((), device="meta") for _ in grads]
+        plan = adamw._tables.make(lists, adamw.ADAMW_BLOCK * adamw.ADAMW_STEPS, grads, steps, [0.1, 0.0])
+        for group in plan.groups:
+            adamw._triton(group, grads, adamw._Step(1e-4, (0.9, 0.95), 1e-8, 0.9999, scale, finite))
+    for param, average, copy in dict.fromkeys((p, a, c) for p, _, a, c in kinds if a is not None):
+        current[:] = ["ema_update", "step", label(parameter=param, average=average, copy=copy)]
+        for group in ema._tables.make((of(average), of(param), of(copy)), ema.EMA_BLOCK * ema.EMA_STEPS).groups:
+            ema._triton(group, 0.0, decay)
+
+
 def _launch(fn: Any, bound: dict[str, Any], op: str, direction: str, options: dict[str, int]) -> Launch:
     """Types, constants and divisibility as Triton's own launcher specialises them."""
     import torch
@@ -175,6 +216,7 @@ def _launch(fn: Any, bound: dict[str, Any], op: str, direction: str, options: di
     names = {
         torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64",
         torch.uint8: "u8", torch.bool: "i1", torch.float8_e4m3fn: "fp8e4nv", torch.float8_e5m2: "fp8e5",
+        torch.float64: "fp64",
     }  # fmt: skip
     signature, constants, divisible = [], [], []
     for i, param in enumerate(fn.params):

@@ -119,8 +119,24 @@ inline void check_cpu(const TensorView& t, const char* name) {
                               << static_cast<int>(t.device().device_type);
 }
 
+// A number by which Python names a type.
+inline DType dtype_code(int64_t value, const char* name) {
+  if (value < 0 || value > 2)
+    TVM_FFI_THROW(ValueError) << name << " must be 0 (float32), 1 (bfloat16) or 2 (float16); got " << value;
+  return static_cast<DType>(value);
+}
+
 inline void check_contiguous(const TensorView& t, const char* name) {
   if (!t.IsContiguous()) TVM_FFI_THROW(ValueError) << name << " must be contiguous; call .contiguous() on it";
+}
+
+// A table of addresses.
+inline void check_addresses(const TensorView& t, const char* name) {
+  check_cpu(t, name);
+  check_contiguous(t, name);
+  if (t.dtype().code != kDLInt || t.dtype().bits != 64)
+    TVM_FFI_THROW(TypeError) << name << " must be int64; got DLPack type code " << static_cast<int>(t.dtype().code)
+                             << " with " << static_cast<int>(t.dtype().bits) << " bits";
 }
 
 inline DType check_dense(const TensorView& t, const char* name) {

@@ -25,6 +25,7 @@ from ._record import Sample as Sample
 from ._record import drawn as drawn
 from .activation import *
 from .adaln import *
+from .adamw import *
 from .augment import *
 from .blur import *
 from .ema import *

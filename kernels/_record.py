@@ -146,7 +146,8 @@ class Record(Generic[P, R]):
                     converted copy of a bf16 branch is made for an fp32 residual stream; the reference promotes itself
         "fp32"      always fp32 (fp64 for a reference run in fp64)
         a tuple     one of these dtypes (masks, indices, uint8 pixels), handed on as it is, no part of the rule
-    residual: name of the argument whose gradient is the output's own gradient (x in x + f), so nobody copies it.
+    residual: name of the argument whose gradient is the output's own gradient (x in x + f), so nobody copies it. It is
+        not kept for the backward pass, whose kernels may read its shape and dtype and none of its values.
     written: arguments whose gradients the kernels write whether wanted or not.
     tangent: see `Tangent`; None: tangents are the reference's.
     prefer: prefer(a) -> names of backends in the order in which these arguments want them; None, and for those that it

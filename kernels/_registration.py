@@ -173,10 +173,12 @@ def register(record: Record[..., Any]) -> tuple[Callable[..., Any], Callable[...
         return compute_backward(record, name, args, kept, grads, needs)
 
     def remember(ctx: Any, name: str, values: tuple[Any, ...], results: Sequence[Tensor]) -> None:
-        """Saves the tensors, and everything else, for `gradients`."""
+        """Saves the tensors, and everything else, for `gradients`; of the residual argument its shape alone."""
         ctx.backend = name
-        ctx.present = [isinstance(v, Tensor) for v in values]
-        ctx.others = [None if p else v for v, p in zip(values, ctx.present)]
+        ctx.present = [isinstance(v, Tensor) and i != record.residual_at for i, v in enumerate(values)]
+        ctx.others = [None if p or isinstance(v, Tensor) else v for v, p in zip(values, ctx.present)]
+        residual = values[record.residual_at] if record.residual_at >= 0 else None
+        ctx.residual = None if residual is None else (residual.shape, residual.dtype, residual.device)
         ctx.save_for_backward(
             *[v for v, p in zip(values, ctx.present) if p], *results[0 if record.keep_output else shown :]
         )
@@ -192,10 +194,13 @@ def register(record: Record[..., Any]) -> tuple[Callable[..., Any], Callable[...
             return tuple(grads)
         tensors = list(ctx.saved_tensors)
         values = [tensors.pop(0) if p else v for p, v in zip(ctx.present, ctx.others)]
-        needs = [bool(p and n) for p, n in zip(ctx.present, ctx.needs_input_grad[1:])]
         own = record.residual_at
+        needs = [bool((p or i == own) and n) for i, (p, n) in enumerate(zip(ctx.present, ctx.needs_input_grad[1:]))]
         asked = [n and i != own for i, n in enumerate(needs)]
         if any(asked):
+            if ctx.residual is not None:  # nobody reads it
+                shape, dtype, device = ctx.residual
+                values[own] = torch.empty(shape, dtype=dtype, device=device)
             full = [
                 torch.zeros(ctx.like[i][0], dtype=ctx.like[i][1], device=ctx.like[i][2]) if g is None else g
                 for i, g in enumerate(given)

@@ -181,6 +181,10 @@ ROPE_ROWS = 32  # rows of one program
 # One program takes EMA_STEPS blocks: few enough programs (41,000 for SiT-XL) that starting them is nothing beside the
 # 2.5 ms that a GPU needs for 8 GB, and small enough pieces that all multiprocessors end together.
 EMA_BLOCK, EMA_STEPS = 2048, 8
+# Likewise, for five tensors: 4 elements a thread, the 16 bytes of a load of fp32. With 8 it takes 70 to 154 registers
+# where a tensor is in 16 bits, whose loads would then be laid out in another way; with 4 it takes 32.
+ADAMW_BLOCK, ADAMW_STEPS = 1024, 8
+ADAMW_COUNT = 128  # tensors whose step one program counts
 HOG_PIXELS = 256  # pixels of an image row (times rows of cells where the image is narrower) that a program takes
 LPIPS_FORWARD, LPIPS_BACKWARD = 8192, 4096  # elements of each map that a program holds in registers, 16 a thread
 LPIPS_CHANNELS = 1024

@@ -3,14 +3,9 @@
 
     ema[i] += (1 - decay) * (params[i] - ema[i])          cast_to[i] = params[i]     (optional, in the same pass)
 
-A model has hundreds of tensors, most of them small: one call per tensor is launch overhead on a GPU and fork overhead
-on a CPU. Here the addresses and sizes of all tensors stand in one table, cut into blocks of equal size, and one launch
-(one native call) walks the blocks:
-
-    table (tensors, 4) int64: ema, params, cast_to, elements      blocks (n, 2) int32: tensor, block within the tensor
-
-The table is kept from call to call as long as the same memory is passed, which is what a training loop does. Tensors
-are grouped by dtype, so a list of mixed dtypes costs a launch for each combination that occurs (one, normally).
+One launch (one native call) for all tensors of a combination of dtypes (one, normally): their addresses stand in a
+table, (tensors, 4) int64: ema, params, cast_to, elements; `_tensor_table.py` makes and keeps it. After an optimizer's
+step that is ours as well, `adamw_step` does both in one pass.
 
 fp32 inside whatever the tensors are. Keep `ema` in fp32: at decay 0.9999 an update is 1e-4 of a difference, which bf16
 (2^-8) rounds away; a 16-bit average at a decay above 0.99 is warned of, once a process. Integer and bool tensors (a
@@ -30,24 +25,21 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _native
-from ._dispatch import fall_back, forced_backend, pick, why_missing
+from ._dispatch import forced_backend, pick, why_missing
 from ._registration import NAMESPACE
+from ._tensor_table import DTYPES, Group, Tables, codes, local_shards, refuse_slower
 from ._tiles import EMA_BLOCK, EMA_STEPS
 from ._triton import tl, triton
 
 __all__ = ["ema_update", "ema_update_ref"]
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as csrc/cpu/types.h numbers them
-_CACHED = 16  # tables kept
-
-
-_EMA_DTYPES = (*_DTYPES, torch.float64, torch.complex64, torch.complex128)
+_EMA_DTYPES = (*DTYPES, torch.float64, torch.complex64, torch.complex128)
 _HALF = (torch.bfloat16, torch.float16)
 _HALF_DECAY = 0.99  # an update is then 1/100 of a difference or less, and bf16 resolves 1/256 of the value
 _warned: set[str] = set()
@@ -122,91 +114,12 @@ def _ema_block(row, at, count, weight, ema_like, param_like, cast_like, BLOCK: t
             tl.store(c_ptrs, p.to(cast_like.dtype.element_ty), mask=mask)
 
 
-# ---- the table -----------------------------------------------------------------------------------------------------
+# ---- the backends ---------------------------------------------------------------------------------------------------
+
+_tables = Tables()
 
 
-class _Group(NamedTuple):
-    """Tensors of one combination of dtypes, as a kernel takes them."""
-
-    table: Tensor  # (tensors, 4) int64 on the CPU or the device: addresses of ema, params, cast_to (or 0), elements
-    blocks: Tensor | None  # (n, 2) int32: tensor, block; None on the CPU
-    like: tuple[Tensor, Tensor, Tensor | None]  # the first tensors, for their dtypes and device
-    aligned: bool  # all addresses are multiples of 16 bytes
-
-
-class _Plan(NamedTuple):
-    groups: tuple[_Group, ...]
-    apart: tuple[int, ...]  # tensors that no kernel takes, by index
-
-
-_plans: dict[tuple[object, ...], _Plan] = {}
-
-
-def _dense(t: Tensor) -> bool:
-    """Whether the elements fill one stretch of memory, in whatever order of dimensions."""
-    if t.is_contiguous():
-        return True
-    expected = 1
-    for stride, size in sorted((s, n) for s, n in zip(t.stride(), t.shape) if n != 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
-
-
-def _fits(tensors: Sequence[Tensor]) -> bool:
-    first = tensors[0]
-    return all(t.dtype in _DTYPES and t.device == first.device for t in tensors) and (
-        all(t.is_contiguous() for t in tensors)
-        or (all(t.stride() == first.stride() for t in tensors) and _dense(first))
-    )
-
-
-def _plan(ema: Sequence[Tensor], params: Sequence[Tensor], cast_to: Sequence[Tensor], on_device: bool) -> _Plan:
-    """The table for these tensors, made once for the same memory."""
-    lists = (ema, params, cast_to) if cast_to else (ema, params)
-    key = (on_device, *[(t.data_ptr(), t.dtype, t.shape, t.stride()) for tensors in lists for t in tensors])
-    plan = _plans.get(key)
-    if plan is None:
-        while len(_plans) >= _CACHED:
-            _plans.pop(next(iter(_plans)))
-        plan = _plans[key] = _make_plan(ema, params, cast_to, on_device)
-    return plan
-
-
-def _make_plan(ema: Sequence[Tensor], params: Sequence[Tensor], cast_to: Sequence[Tensor], on_device: bool) -> _Plan:
-    rows: dict[tuple[Any, ...], list[int]] = {}
-    apart = []
-    for i, e in enumerate(ema):
-        tensors = [e, params[i], *cast_to[i : i + 1]]
-        if not _fits(tensors):
-            apart.append(i)
-        elif e.numel():
-            aligned = all(t.data_ptr() % 16 == 0 for t in tensors)
-            rows.setdefault((e.device, aligned, *[t.dtype for t in tensors]), []).append(i)
-    groups = []
-    for (_device, aligned, *_dtypes), members in rows.items():
-        table, blocks = [], []
-        for n, i in enumerate(members):
-            cast = cast_to[i].data_ptr() if cast_to else 0
-            table.append([ema[i].data_ptr(), params[i].data_ptr(), cast, ema[i].numel()])
-            if on_device:
-                count = -(-ema[i].numel() // (EMA_BLOCK * EMA_STEPS))
-                blocks.append(torch.stack((torch.full((count,), n), torch.arange(count)), 1))
-        first = members[0]
-        device = ema[first].device
-        groups.append(
-            _Group(
-                torch.tensor(table).to(device),
-                torch.cat(blocks).int().to(device) if on_device else None,
-                (ema[first], params[first], cast_to[first] if cast_to else None),
-                bool(aligned),
-            )
-        )
-    return _Plan(tuple(groups), tuple(apart))
-
-
-def _triton(group: _Group, weight: float, decay: Tensor | None) -> None:
+def _triton(group: Group, weight: float, decay: Tensor | None) -> None:
     assert group.blocks is not None
     with torch.cuda.device_of(group.table):
         _ema_kernel[(group.blocks.shape[0],)](
@@ -215,9 +128,8 @@ def _triton(group: _Group, weight: float, decay: Tensor | None) -> None:
         )  # fmt: skip
 
 
-def _native_call(group: _Group, weight: float) -> None:
-    codes = [-1 if t is None else _DTYPES[t.dtype] for t in group.like]
-    _native.lib().ema_update(group.table, weight, *codes)
+def _native_call(group: Group, weight: float) -> None:
+    _native.lib().ema_update(group.table, weight, *codes(group.like))
 
 
 def _foreach(ema: list[Tensor], params: list[Tensor], weight: float | Tensor, cast_to: list[Tensor]) -> None:
@@ -242,20 +154,8 @@ def _foreach(ema: list[Tensor], params: list[Tensor], weight: float | Tensor, ca
         torch._foreach_copy_(cast_to, params)
 
 
-def _refuse_slower(apart: Sequence[int], lists: Sequence[Sequence[Tensor]]) -> None:
-    """Strict mode raises where tensors that a kernel could average, in other dtypes or strides, are left to foreach."""
-    slower = [i for i in apart if _averages(lists[0][i])]
-    if not slower:
-        return
-    first = ", ".join(
-        f"{t.dtype} with strides {t.stride()}" for t in (tensors[slower[0]] for tensors in lists if tensors)
-    )
-    why = f"{len(slower)} of {len(lists[0])} tensors are not dense fp32, bf16 or fp16 on one device, the first: {first}"
-    fall_back("ema_update", why)
-
-
-def _warn_of_16_bits(ema: Sequence[Tensor], decay: float | Tensor) -> None:
-    """Once a process; a decay on a GPU is not read, which would synchronise, and counts as high."""
+def warn_of_16_bits(op: str, name: str, ema: Sequence[Tensor], decay: float | Tensor) -> None:
+    """Once a process; a decay on a GPU is not read, which would synchronise, and counts as high. name: of the list."""
     if "16 bits" in _warned or not any(e.dtype in _HALF for e in ema):
         return
     if isinstance(decay, Tensor):
@@ -263,8 +163,8 @@ def _warn_of_16_bits(ema: Sequence[Tensor], decay: float | Tensor) -> None:
     if decay > _HALF_DECAY:
         _warned.add("16 bits")
         warnings.warn(
-            f"ema_update: an average in 16 bits at a decay above {_HALF_DECAY} stands still, its steps are rounded "
-            "away; keep ema in fp32",
+            f"{op}: an average in 16 bits at a decay above {_HALF_DECAY} stands still, its steps are rounded "
+            f"away; keep {name} in fp32",
             stacklevel=2,
         )
 
@@ -284,15 +184,16 @@ def _ema_update(
     on = ema[0].device.type
     name = _choose(on)
     at: float | Tensor = decay if decay_tensor is None else decay_tensor
-    _warn_of_16_bits(ema, at)
+    warn_of_16_bits("ema_update", "ema", ema, at)
     if forced_backend() == "reference":
         ema_update_ref(ema, params, at, cast_to)
         return
     apart: Sequence[int] = range(len(ema))
     if name != "reference":
-        plan = _plan(ema, params, cast_to, name == "triton")
+        lists = (ema, params, cast_to)
+        plan = _tables.plan(lists, EMA_BLOCK * EMA_STEPS if name == "triton" else None)
         apart = plan.apart
-        _refuse_slower(apart, (ema, params, cast_to))
+        refuse_slower("ema_update", [i for i in apart if _averages(ema[i])], lists)  # a copy has nothing slower
         for group in plan.groups:
             if name == "triton":
                 _triton(group, 1 - decay, decay_tensor)
@@ -308,19 +209,6 @@ def _(
     ema: list[Tensor], params: list[Tensor], decay: float, decay_tensor: Tensor | None, cast_to: list[Tensor]
 ) -> None:
     return None
-
-
-def _local(*lists: list[Tensor]) -> tuple[list[Tensor], ...]:
-    """The local shards of DTensors; the operator knows no other way to split one."""
-    from torch.distributed.tensor import DTensor
-
-    placed = [[t.placements if isinstance(t, DTensor) else None for t in tensors] for tensors in lists if tensors]
-    for i, places in enumerate(zip(*placed)):
-        if any(p != places[0] for p in places):
-            raise ValueError(
-                f"ema_update: the tensors at {i} must be sharded alike, got {' and '.join(map(str, places))}"
-            )
-    return tuple([t.to_local() if isinstance(t, DTensor) else t for t in tensors] for tensors in lists)
 
 
 @torch.no_grad()
@@ -359,7 +247,7 @@ def ema_update(
     if not ema:
         return
     if "torch.distributed.tensor" in sys.modules:
-        ema, params, cast_to = _local(ema, params, cast_to)
+        ema, params, cast_to = local_shards("ema_update", ema, params, cast_to)
     if not isinstance(decay, Tensor):
         _ema_update(ema, params, float(decay), None, cast_to)
     elif decay.device.type == "cpu" and ema[0].device.type != "cpu" and not torch.compiler.is_compiling():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from maetok_fast.kernels import BackendError, _dispatch, _native, backend, ema_update
 from maetok_fast.kernels import ema as module
+from maetok_fast.kernels._tensor_table import CACHED
 from maetok_fast.kernels._triton import why_no_triton
 from maetok_fast.precision import MasterWeights
 
@@ -195,7 +196,7 @@ def test_sharded_parameters(name: str) -> None:
 
 def test_channels_last_stays_on_the_kernel(name: str) -> None:
     ema, params = (torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last) for _ in range(2))
-    assert not module._make_plan([ema], [params], [], False).apart
+    assert not module._tables.make(([ema], [params], []), None).apart
     wanted = exact([ema], [params], 0.9)[0]
     ema_update([ema], [params], 0.9)
     torch.testing.assert_close(ema.double(), wanted, rtol=1e-6, atol=1e-6)
@@ -234,17 +235,17 @@ def test_nan_and_infinity_propagate(name: str) -> None:
 
 
 def test_the_table_is_kept_and_renewed(name: str) -> None:
-    module._plans.clear()
+    module._tables.plans.clear()
     ema, params = [torch.zeros(8), torch.zeros(3)], [torch.ones(8), torch.ones(3)]
     for _ in range(3):
         ema_update(ema, params, 0.5)
-    assert len(module._plans) == (name in ("native", "triton"))
+    assert len(module._tables.plans) == (name in ("native", "triton"))
     params = [torch.full((8,), 2.0), torch.full((3,), 2.0)]  # as when .data is exchanged
     ema_update(ema, params, 0.0)
     assert all((e == 2).all() for e in ema)
     for size in range(40):
         ema_update([torch.zeros(size + 1)], [torch.ones(size + 1)], 0.5)
-    assert len(module._plans) <= module._CACHED
+    assert len(module._tables.plans) <= CACHED
 
 
 def test_a_thousand_steps_against_fp64(name: str) -> None:

@@ -3,16 +3,20 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from maetok_fast.layers import EMA
 from maetok_fast.models import MAETok, MAETokConfig, ViTSize
 from maetok_fast.training.adversarial import DiscriminatorTraining, adaptive_weight, last_layer_gradient
 from maetok_fast.training.configs import AdversarialConfig, OptimizerConfig
 from maetok_fast.training.optim import GuardedAdamW, learning_rate, parameter_groups
+from maetok_fast.training.state import whole
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -49,15 +53,19 @@ def test_the_learning_rate_rises_then_follows_its_schedule(schedule: str) -> Non
     assert rates[35] == pytest.approx(peak * quarter[schedule])
 
 
-def optimizer_of(layer: nn.Module, clip: float = 1.0) -> GuardedAdamW:
-    config = OptimizerConfig(clip=clip, weight_decay=0.01)
+OURS_AND_TORCHS = pytest.mark.parametrize("name", ["adamw", "torch"])
+
+
+def optimizer_of(layer: nn.Module, clip: float = 1.0, name: str = "adamw") -> GuardedAdamW:
+    config = OptimizerConfig(name=name, clip=clip, weight_decay=0.01)  # type: ignore[arg-type]
     return GuardedAdamW(parameter_groups(layer, config.weight_decay), config)
 
 
-def test_a_step_is_adamw_after_clipping() -> None:
+@OURS_AND_TORCHS
+def test_a_step_is_adamw_after_clipping(name: str) -> None:
     ours, theirs = nn.Linear(5, 3), nn.Linear(5, 3)
     theirs.load_state_dict(ours.state_dict())
-    optimizer = optimizer_of(ours)
+    optimizer = optimizer_of(ours, name=name)
     plain = torch.optim.AdamW(
         [{"params": [theirs.weight], "weight_decay": 0.01}, {"params": [theirs.bias], "weight_decay": 0.0}],
         lr=1e-2, betas=(0.9, 0.95),
@@ -76,12 +84,14 @@ def test_a_step_is_adamw_after_clipping() -> None:
     torch.testing.assert_close(ours.bias, theirs.bias)
 
 
+@OURS_AND_TORCHS
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_gradient_that_is_not_finite_changes_nothing(bad: float) -> None:
+def test_a_gradient_that_is_not_finite_changes_nothing(bad: float, name: str) -> None:
     """Weights, moments and step counts as if the step had not been."""
     ours, theirs = nn.Linear(5, 3), nn.Linear(5, 3)
     theirs.load_state_dict(ours.state_dict())
-    a, b = optimizer_of(ours), optimizer_of(theirs)
+    a, b = optimizer_of(ours, name=name), optimizer_of(theirs, name=name)
+    ema = EMA(ours, 0.5)
     for turn in range(4):
         x = torch.randn(4, 5)
         for layer, optimizer in ((ours, a), (theirs, b)):
@@ -92,8 +102,10 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad: float) -> None:
                 layer.weight.grad[0, 0] = bad  # type: ignore[index]
                 before = {k: v.clone() for k, v in a.state().items()}
                 weight = layer.weight.detach().clone()
-                _, finite = optimizer.step(1e-2)
+                averages = {k: v.clone() for k, v in ema.average.items()}
+                _, finite = optimizer.step(1e-2, ema, ours)
                 assert not bool(finite)
+                assert all(torch.equal(v, averages[k]) for k, v in ema.average.items())
                 assert torch.equal(layer.weight, weight)
                 assert all(torch.equal(v, before[k]) for k, v in a.state().items())
             else:
@@ -102,6 +114,97 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad: float) -> None:
             optimizer.zero_grad()
     assert torch.equal(ours.weight, theirs.weight)
     assert all(torch.equal(v, b.state()[k]) for k, v in a.state().items())
+
+
+@OURS_AND_TORCHS
+def test_the_average_moves_with_the_step(name: str) -> None:
+    """As AdamW of torch and `EMA.update` after it, where a part of the module has an average, a parameter has no
+    gradient in some steps, and one is frozen."""
+    torch.manual_seed(1)
+    ours = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3), nn.Linear(4, 3))
+    ours[0].bias.requires_grad_(False)
+    theirs = copy.deepcopy(ours)
+    a, b = optimizer_of(ours, name=name), optimizer_of(theirs, name="torch")
+    followed, other = EMA(ours[:2], 0.75), EMA(theirs[:2], 0.75)
+    for turn in range(4):
+        x = torch.randn(4, 5)
+        for model, optimizer in ((ours, a), (theirs, b)):
+            model[1 + turn % 2](model[0](x)).square().sum().backward()
+            optimizer.step(1e-2, *((followed, ours[:2]) if model is ours else ()))
+            optimizer.zero_grad()
+            assert all(p.grad is None for p in model.parameters())
+        other.update(theirs[:2])
+    assert followed.updates == 4
+    for mine, expected in zip(ours.parameters(), theirs.parameters()):
+        torch.testing.assert_close(mine, expected)
+    assert followed.average.keys() == other.average.keys() == {"0.weight", "1.weight", "1.bias"}
+    for key, value in followed.average.items():
+        torch.testing.assert_close(value, other.average[key])
+    assert {k: v.item() for k, v in a.state().items() if k.endswith("step")} == {
+        "0.weight/step": 4, "1.weight/step": 2, "1.bias/step": 2, "2.weight/step": 2, "2.bias/step": 2
+    }  # fmt: skip
+
+
+def test_an_average_in_16_bits_and_one_in_64() -> None:
+    for kind, made in ((torch.bfloat16, nn.Linear(5, 3)), (torch.float64, nn.Linear(5, 3).double())):
+        ema, optimizer = EMA(made, 0.5).to(kind), optimizer_of(made)
+        before = {k: v.clone().double() for k, v in ema.average.items()}
+        made(torch.ones(2, 5, dtype=made.weight.dtype)).square().sum().backward()
+        optimizer.step(0.1, ema, made)
+        for key, value in ema.average.items():
+            assert value.dtype == kind
+            wanted = (before[key] + made.get_parameter(key).detach().double()) / 2
+            torch.testing.assert_close(value.double(), wanted, rtol=torch.finfo(kind).eps, atol=0)
+
+
+def test_sharded_networks_step_and_average() -> None:
+    """FSDP2 on one process: DTensors everywhere, and the numbers of one that is not sharded."""
+    pytest.importorskip("torch.distributed.fsdp")
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        plain = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
+        sharded: Any = copy.deepcopy(plain)
+        fully_shard(sharded, mesh=dist.init_device_mesh("cpu", (1,)))
+        models = [(m, optimizer_of(m), EMA(m, 0.75)) for m in (plain, sharded)]
+        for _ in range(3):
+            x = torch.randn(4, 5)
+            for model, optimizer, ema in models:
+                model(x).square().sum().backward()
+                optimizer.step(1e-2, ema, model)
+                optimizer.zero_grad()
+        (_, one, average), (_, two, other) = models
+        for a, b in ((one.state(), two.state()), (average.average, other.average)):
+            assert all(torch.equal(v, whole({k: b[k]})[k]) for k, v in a.items())
+        resumed = optimizer_of(sharded)
+        resumed.load(whole(two.state()))
+        assert all(torch.equal(v, whole(two.state())[k]) for k, v in whole(resumed.state()).items())
+        assert isinstance(resumed.state()["0.weight/exp_avg"], dist.tensor.DTensor)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("writes", "reads"), [("adamw", "torch"), ("torch", "adamw")])
+def test_ours_and_torchs_read_each_others_state(writes: str, reads: str) -> None:
+    ours = nn.Linear(5, 3)
+    first, inputs = optimizer_of(ours, name=writes), [torch.randn(4, 5) for _ in range(4)]
+    other = copy.deepcopy(ours)
+    for x in inputs[:2]:
+        ours(x).square().sum().backward()
+        first.step(1e-2)
+        first.zero_grad()
+    other.load_state_dict(ours.state_dict())
+    second = optimizer_of(other, name=reads)
+    second.load({name: value.clone() for name, value in first.state().items()})
+    for x in inputs[2:]:
+        for model, optimizer in ((ours, first), (other, second)):
+            model(x).square().sum().backward()
+            optimizer.step(1e-2)
+            optimizer.zero_grad()
+    torch.testing.assert_close(ours.weight, other.weight)
+    assert first.state().keys() == second.state().keys()
 
 
 def test_the_state_is_by_name_and_goes_on_bit_for_bit() -> None:

@@ -76,23 +76,13 @@ MF_DECLARE(ema_update, EmaArgs)
 namespace mf {
 namespace {
 
-DType code(int64_t value, const char* name) {
-  if (value < 0 || value > 2)
-    TVM_FFI_THROW(ValueError) << name << " must be 0 (float32), 1 (bfloat16) or 2 (float16); got " << value;
-  return static_cast<DType>(value);
-}
-
 void update(TensorView table, double weight, int64_t ema, int64_t param, int64_t cast) {
   check_ndim(table, "table", 2, "(tensors, 4)");
   check_shape(table, "table", {table.size(0), 4});
-  check_cpu(table, "table");
-  check_contiguous(table, "table");
-  if (table.dtype().code != kDLInt || table.dtype().bits != 64)
-    TVM_FFI_THROW(TypeError) << "table must be int64; got DLPack type code " << static_cast<int>(table.dtype().code)
-                             << " with " << static_cast<int>(table.dtype().bits) << " bits";
-  EmaArgs a{data<const int64_t>(table), table.size(0), static_cast<float>(weight), code(ema, "ema"),
-            code(param, "param"), DType::f32, cast >= 0};
-  if (a.casts) a.cast = code(cast, "cast");
+  check_addresses(table, "table");
+  EmaArgs a{data<const int64_t>(table), table.size(0), static_cast<float>(weight), dtype_code(ema, "ema"),
+            dtype_code(param, "param"), DType::f32, cast >= 0};
+  if (a.casts) a.cast = dtype_code(cast, "cast");
   for (int64_t t = 0; t < a.tensors; ++t)
     if (a.table[4 * t] == 0 || a.table[4 * t + 1] == 0 || (a.casts && a.table[4 * t + 2] == 0))
       TVM_FFI_THROW(ValueError) << "row " << t << " of the table has no address";

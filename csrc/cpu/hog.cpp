@@ -49,21 +49,12 @@ MF_INLINE Lanes at_least(vf a, vf b) { return _mm512_cmp_ps_mask((__m512)a, (__m
 MF_INLINE Lanes is_zero(vf a) { return _mm512_cmp_ps_mask((__m512)a, _mm512_setzero_ps(), _CMP_EQ_OQ); }
 MF_INLINE vf add_where(vf sum, Lanes m, vf v) { return (vf)_mm512_mask_add_ps((__m512)sum, m, (__m512)sum, (__m512)v); }
 MF_INLINE vf choose(Lanes m, vf yes, vf no) { return (vf)_mm512_mask_blend_ps(m, (__m512)no, (__m512)yes); }
-MF_INLINE vf root(vf v) { return (vf)_mm512_sqrt_ps((__m512)v); }
 #else
 typedef vi Lanes;
 MF_INLINE Lanes at_least(vf a, vf b) { return a >= b; }
 MF_INLINE Lanes is_zero(vf a) { return a == (vf){}; }
 MF_INLINE vf add_where(vf sum, Lanes m, vf v) { return sum + (vf)((vi)v & m); }
 MF_INLINE vf choose(Lanes m, vf yes, vf no) { return (vf)(((vi)yes & m) | ((vi)no & ~m)); }
-#ifdef MF_AVX2
-MF_INLINE vf root(vf v) { return (vf)_mm256_sqrt_ps((__m256)v); }
-#else
-MF_INLINE vf root(vf v) {
-  for (int i = 0; i < W; ++i) v[i] = __builtin_sqrtf(v[i]);
-  return v;
-}
-#endif
 #endif
 
 // One pixel row as fp32 with its neighbours by reflection at [-1] and [width].

@@ -39,17 +39,6 @@ constexpr int64_t pixel_blocks(int64_t pixels, int64_t size) { return (pixels + 
 namespace mf {
 namespace MF_VARIANT {
 
-#if defined(MF_AVX512)
-MF_INLINE vf root(vf v) { return (vf)_mm512_sqrt_ps((__m512)v); }
-#elif defined(MF_AVX2)
-MF_INLINE vf root(vf v) { return (vf)_mm256_sqrt_ps((__m256)v); }
-#else
-MF_INLINE vf root(vf v) {
-  for (int i = 0; i < W; ++i) v[i] = __builtin_sqrtf(v[i]);
-  return v;
-}
-#endif
-
 // x r0 - y r1, both products rounded: a fused multiply-subtract would give equal maps a distance of 1e-16.
 MF_INLINE vf difference(vf x, vf r0, vf y, vf r1) { return x * r0 - y * r1; }
 

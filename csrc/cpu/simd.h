@@ -75,6 +75,18 @@ MF_INLINE vf larger(vf a, vf b) {
 #endif
 }
 
+// The square root of each lane.
+MF_INLINE vf root(vf v) {
+#if defined(MF_AVX512)
+  return (vf)_mm512_sqrt_ps((__m512)v);
+#elif defined(MF_AVX2)
+  return (vf)_mm256_sqrt_ps((__m256)v);
+#else
+  for (int i = 0; i < W; ++i) v[i] = __builtin_sqrtf(v[i]);
+  return v;
+#endif
+}
+
 // ---- conversions ---------------------------------------------------------------------------------------------------
 
 MF_INLINE vu widen(vh h) {

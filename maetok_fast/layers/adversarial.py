@@ -174,6 +174,11 @@ class EMA:
         ema_update(list(self.average.values()), own, self.decay if decay is None else decay)
         self.updates += 1
 
+    def pairs(self, model: nn.Module) -> dict[Tensor, Tensor]:
+        """parameter -> its average, for an optimizer that moves both at once (`kernels.adamw_step`) and then counts
+        `updates`. KeyError as in `update`."""
+        return dict(zip(self._parameters(model), self.average.values()))
+
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
         """Writes the average into the model's parameters."""

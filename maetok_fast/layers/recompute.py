@@ -5,7 +5,7 @@
     with again(y, norm, x):              kept: x;  y is made a second time, bit for bit, when the product's
         out = qkv(y)                     weight gradient asks for it
 
-A transformer block keeps 19 D numbers a token (D its width), of which the two norms and the activation of the MLP are
+A transformer block keeps 17 D numbers a token (D its width), of which the two norms and the activation of the MLP are
 6 D: the passes that make them are 1 to 2 % of a step's time on a CPU, its whole forward pass a third.
 """
 

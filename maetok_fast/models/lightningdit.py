@@ -80,8 +80,10 @@ class LightningDiTBlock(nn.Module):
         y = self.norm1(x, shift_msa, scale_msa)
         with again(y, self.norm1, x, shift_msa, scale_msa, wanted=self.recompute):
             branch = self.attn(y, rope, index=index)
-        x, y = self.norm2.after(x, branch, gate_msa, shift_mlp, scale_mlp)
-        with again(y, self.norm2, x, shift_mlp, scale_mlp, wanted=self.recompute):
+        joined = x, branch, gate_msa, shift_mlp, scale_mlp
+        x, y = self.norm2.after(*joined)
+        # of the sum before, not after it: then that is not kept either
+        with again(y, lambda *given: self.norm2.after(*given)[1], *joined, wanted=self.recompute):
             branch = self.mlp(y)
         return self.residual(x, branch, gate_mlp)
 

@@ -78,8 +78,10 @@ class Block(nn.Module):
             )
         kept = x if count is None else x.narrow(1, first, count)
         branch = drop_path(branch, self.rate, self.training)
-        x, y = self.ls1.normed(kept, branch, self.norm2, shift2, scale2, offset=0.0)
-        with again(y, self.norm2, x, shift2, scale2, 0.0, wanted=self.recompute):
+        joined = kept, branch, self.norm2, shift2, scale2, 0.0
+        x, y = self.ls1.normed(*joined)
+        # of the sum before, not after it: then that is not kept either
+        with again(y, lambda *given: self.ls1.normed(*given)[1], *joined, wanted=self.recompute):
             branch = self.mlp(y)
         return self.ls2(x, drop_path(branch, self.rate, self.training))
 
