@@ -330,6 +330,22 @@ def test_the_command(tmp_path: Path) -> None:
     assert "encode the images again" in refused.output
 
 
+def test_the_file_of_statistics_is_found_where_its_layout_has_it(tmp_path: Path) -> None:
+    stats = {"mean": torch.zeros(1, C, 1, 1), "std": torch.ones(1, C, 1, 1)}
+    for name, file in (("lightningdit", "latents_stats.pt"), ("repa-e", "vae-latents-stats.pt"), ("mar", "stat.pt")):
+        WRITE[name](tmp_path / name)
+        assert open_cache(tmp_path / name).statistics_file is None
+        torch.save(stats, tmp_path / name / file)
+        found = open_cache(tmp_path / name).statistics_file
+        assert found == tmp_path / name / file
+        LatentStatistics.load(found).check((C, SIDE, SIDE))
+    torch.save(stats, tmp_path / "repa-e" / "other-latents-stats.pt")
+    assert open_cache(tmp_path / "repa-e").statistics_file == tmp_path / "repa-e" / "vae-latents-stats.pt"
+    (tmp_path / "repa-e" / "vae-latents-stats.pt").rename(tmp_path / "repa-e" / "third-latents-stats.pt")
+    with pytest.raises(CacheError, match=r"several files of statistics \(other-latents-stats.pt, third-lat.*which one"):
+        _ = open_cache(tmp_path / "repa-e").statistics_file
+
+
 # ---- damaged ------------------------------------------------------------------------------------------------------
 
 

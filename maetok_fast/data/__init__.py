@@ -6,7 +6,9 @@ sources.py, tars.py         training data: folders, lists, tars of webdataset ->
 views.py, order.py          which part of which sample a step shows: all random numbers
 decode.py, dali.py          bytes to pixels, on a CPU or by DALI
 loader.py, reader.py        `Batches`, and what its worker processes do
-caches/, adm.py             latent caches of others; ADM's .npz
+latents.py                  `LatentBatches`, of a latent cache
+stream.py                   what drives the worker processes of both
+caches/, adm.py             latent caches, ours and others'; ADM's .npz
 """
 
 from __future__ import annotations

@@ -11,22 +11,15 @@ the same and the pixels DALI's.
 
 from __future__ import annotations
 
-import atexit
 import functools
 import json
 import math
-import multiprocessing.util  # noqa: F401
-import signal
-import time
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from maetok_fast.checks import check_number, check_positive
 from maetok_fast.data.dali import Dali
@@ -35,26 +28,12 @@ from maetok_fast.data.images import ImageError, load_image
 from maetok_fast.data.order import Order, batch_positions
 from maetok_fast.data.reader import Raw, Reader, Request, render_packed, to_range
 from maetok_fast.data.samples import DataError, Source
+from maetok_fast.data.stream import PREFETCH, Stream, WorkerError, places_from
 from maetok_fast.data.views import SIZE, View, rng_of
 
-__all__ = ["Batch", "Batches", "WorkerError", "validation_batches"]
-
-PREFETCH = 2  # batches of each worker
-_OPEN: weakref.WeakSet[Batches] = weakref.WeakSet()
-
-
-@atexit.register
-def _close_all() -> None:
-    """Before multiprocessing's own, which registered earlier, and would wait for workers that ignore SIGTERM."""
-    for batches in list(_OPEN):
-        batches.close()
-
+__all__ = ["PREFETCH", "Batch", "Batches", "WorkerError", "validation_batches"]
 
 SHOWN = 3  # unreadable samples that a message names
-
-
-class WorkerError(RuntimeError):
-    """A worker process has ended; the message says how."""
 
 
 class Batch(NamedTuple):
@@ -70,24 +49,16 @@ class Batch(NamedTuple):
     step: int
 
 
-class _Requests:
-    """The endless requests from a step on, in the main process: what torch calls a sampler."""
-
-    def __init__(self, order: Order, batch: int, rank: int, world: int, step: int, sizes: tuple[int, ...]) -> None:
-        self.order, self.batch, self.rank, self.world, self.step, self.sizes = order, batch, rank, world, step, sizes
-
-    def __iter__(self) -> Iterator[Request]:
-        step = self.step
-        while True:
-            drawn = 0
-            if len(self.sizes) > 1:
-                drawn = int(rng_of(self.order.seed, 0, step, SIZE).integers(len(self.sizes)))
-            places = tuple(self.order.at(p) for p in batch_positions(step, self.batch, self.rank, self.world))
-            yield Request(step, self.sizes[drawn], places)
-            step += 1
+def _requests(order: Order, batch: int, rank: int, world: int, sizes: tuple[int, ...], step: int) -> Iterator[Request]:
+    """The endless requests from a step on."""
+    for number, places in places_from(order, batch, rank, world, step):
+        drawn = 0
+        if len(sizes) > 1:
+            drawn = int(rng_of(order.seed, 0, number, SIZE).integers(len(sizes)))
+        yield Request(number, sizes[drawn], places)
 
 
-class Batches:
+class Batches(Stream[Batch]):
     """An endless iterator of `Batch`; close it, or leave its `with`, to end the worker processes.
 
     batch       samples a step of this rank; rank, world: of the distributed run
@@ -105,6 +76,8 @@ class Batches:
     next() raises DataError where too much or a whole batch cannot be read, or a caption is broken, WorkerError where a
     worker process has ended. `waited`: seconds spent in next() so far.
     """
+
+    reads = "images"
 
     def __init__(
         self,
@@ -131,94 +104,36 @@ class Batches:
         dali_threads: int = 2,
     ) -> None:
         check_positive("Batches", batch=batch, world=world, **{f"sizes[{i}]": size for i, size in enumerate(sizes)})
-        check_number("Batches", "workers", workers, 0)
         check_number("Batches", "max_unreadable", max_unreadable, 0, 1 + 1e-9)
         check_number("Batches", "drop_captions", drop_captions, 0, 1 + 1e-9)
         if dtype != torch.uint8 and not dtype.is_floating_point:
             raise ValueError(f"Batches: expected dtype uint8 or a floating-point one, got {dtype}")
         batch_positions(step, batch, rank, world)  # its checks
-        self.source, self.step, self.device, self.dtype = source, step, torch.device(device), dtype
-        self.max_unreadable, self.log = max_unreadable, None if log is None else Path(log)
-        self.unreadable: dict[str, str] = dict(unreadable or {})
-        self.waited = 0.0
-        self._allowed = math.ceil(max_unreadable * len(source) / world)
-        self._dali = Dali(batch, self.device, dali_threads, dtype) if decoder == "dali" else None
-        self._ahead: Raw | None = None
+        device = torch.device(device)
+        dali = Dali(batch, device, dali_threads, dtype) if decoder == "dali" else None
         # here and not in the workers: forked ones have the libraries then
         decoder = decoder if decoder == "dali" else resolve(decoder)
         reader = Reader(source, view, seed, decoder, captions, drop_captions)
         order = Order(len(source), seed, shuffle)
-        self._requests = _Requests(order, batch, rank, world, step, tuple(sizes) or (view.size,))
+        requests = functools.partial(_requests, order, batch, rank, world, tuple(sizes) or (view.size,))
+        super().__init__(reader, requests, step=step, workers=workers, device=device, start=start)
+        self.source, self.dtype = source, dtype
+        self.max_unreadable, self.log = max_unreadable, None if log is None else Path(log)
+        self.unreadable.update(unreadable or {})
+        self._allowed = math.ceil(max_unreadable * len(source) / world)
+        self._dali = dali
+        self._ahead: Raw | None = None
         if self.log is not None:
             self.log.parent.mkdir(parents=True, exist_ok=True)
-        self._loader: DataLoader = DataLoader(
-            reader,
-            batch_size=None,
-            sampler=self._requests,
-            num_workers=workers,
-            collate_fn=_same,  # type: ignore[arg-type]  # gets what the reader gives where batch_size is None
-            pin_memory=self.device.type == "cuda",
-            prefetch_factor=PREFETCH if workers else None,
-            worker_init_fn=_start_worker,
-            multiprocessing_context=start if workers else None,
-            generator=torch.Generator(),  # else it would draw from the training's own numbers
-        )
-        self._raws: Iterator[Raw] | None = None
 
-    def __iter__(self) -> Batches:
-        return self
-
-    def __next__(self) -> Batch:
-        begun = time.perf_counter()
-        try:
-            raw = self._dali_next(self._dali) if self._dali is not None else self._next_raw()
-            return self._batch(*raw) if isinstance(raw, tuple) else self._batch(raw, None)
-        finally:
-            self.waited += time.perf_counter() - begun
-
-    def state(self) -> dict[str, Any]:
-        """For a checkpoint: Batches(..., step=state["step"], unreadable=state["unreadable"]) goes on from here."""
-        return {"step": self.step, "unreadable": dict(self.unreadable)}
+    def _next(self) -> Batch:
+        return self._batch(self._answer(), None) if self._dali is None else self._batch(*self._dali_next(self._dali))
 
     def close(self) -> None:
-        """Ends the worker processes; next() would start them again, at the step where it stopped."""
-        raws, self._raws, self._ahead = self._raws, None, None
+        self._ahead = None
         if self._dali is not None:
             self._dali.discard()
-        shut = getattr(raws, "_shutdown_workers", None)  # torch has no public name for it
-        while shut is not None:
-            try:
-                shut()
-                shut = None
-            except RuntimeError as error:  # torch's signal handler names a dead worker once more at each child's end
-                if not _is_of_a_worker(error):
-                    raise
-
-    def __enter__(self) -> Batches:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _next_raw(self) -> Raw:
-        if self._raws is None:
-            self._requests.step = self.step
-            self._raws = iter(self._loader)
-            _OPEN.add(self)
-        try:
-            return next(self._raws)
-        except (RuntimeError, EOFError, OSError) as error:
-            if not _is_of_a_worker(error):
-                raise
-            ended = error
-        self.close()  # else the other workers' ends would raise the same again, anywhere
-        how = " ".join(str(ended).split()) or "it does not answer any more"
-        raise WorkerError(
-            f"a process that reads images has ended ({how}); was it killed for its memory, take fewer workers, else "
-            "workers=0 shows at which sample it ends"
-        ) from ended
+        super().close()
 
     def _dali_next(self, engine: Dali) -> tuple[Raw, Tensor | None]:
         """The batch in work, and the next one put to work."""
@@ -237,7 +152,7 @@ class Batches:
         return raw, images
 
     def _submitted(self, engine: Dali) -> Raw:
-        raw = self._next_raw()
+        raw: Raw = self._answer()
         if raw.waiting:
             engine.submit(raw.contents(), raw.windows, raw.request.size)
         return raw
@@ -273,27 +188,6 @@ class Batches:
     def _named(self) -> str:
         shown = [f"{name}: {reason}" for name, reason in list(self.unreadable.items())[:SHOWN]]
         return f"; {'; '.join(shown)}" if shown else ""
-
-
-def _is_of_a_worker(error: Exception) -> bool:
-    """Whether torch's loader says by this that a worker has ended; what the reader itself raised there is another
-    matter. A connection's errors: tensors in flight are fetched from the worker, and went with it."""
-    text = str(error)
-    if isinstance(error, RuntimeError):
-        return "DataLoader worker (pid" in text
-    return isinstance(error, (EOFError, ConnectionError, FileNotFoundError)) and "DataLoader worker" not in text
-
-
-def _same(raw: Raw) -> Raw:
-    return raw
-
-
-def _start_worker(number: int) -> None:
-    # Ctrl-C, and a cluster's SIGTERM to all of a job's processes, are the main process's to answer: it may want to save
-    # what it has, and ends its workers itself
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, signal.SIG_IGN)
-    torch.set_num_threads(1)
 
 
 def validation_batches(

@@ -23,7 +23,7 @@ CROPS = ("random", "resized", "center", "adm")
 TRIES = 10  # of a window of "resized" that fits the picture
 
 # what a stream of random numbers is for: streams of different purposes never meet
-SAMPLE, ORDER, SIZE, CAPTION = range(4)
+SAMPLE, ORDER, SIZE, CAPTION, NOISE = range(5)
 
 
 def rng_of(seed: int, epoch: int, index: int, purpose: int = SAMPLE) -> np.random.Generator:

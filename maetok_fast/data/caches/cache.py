@@ -23,7 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["KINDS", "CacheError", "LatentCache", "moments_kind"]
+from maetok_fast.models.checkpoints.locate import STATISTICS
+
+__all__ = ["KINDS", "CacheError", "LatentCache", "drawn", "moments_kind"]
 
 KINDS = ("sample", "scaled", "mean_std", "mean_logvar")
 LOOKED_AT = 16  # items whose values are looked at
@@ -34,23 +36,28 @@ class CacheError(ValueError):
 
 
 class LatentCache:
-    """One cache. len: its images. Items are read when they are asked for.
+    """One cache. len: its images. Items are read when they are asked for, and files opened in the process that reads,
+    so that a cache may be sent to others, or forked.
 
     format: the layout's name. kind: see the module's table. shape: of one latent, (C, h, w) or (L, C). labels: int64
     (N,), or None. names: one for each image, "/" between folders, without ending. flips: whether the images' mirror
     images are there too. extras: other tensors beside them, by name (SFD's latents_sv, latents_dino).
+    places: int64 (N,), each item's place in the source it was made of, where the cache tells it, else None.
+    fingerprint: what the latents depend on, as `maetok-fast cache-latents` recorded it ("tokenizer", "precision",
+    "resolution", "crop", "decoder", "dtype", "flips", "data"), else None.
     """
 
     format: ClassVar[str]
     stated: ClassVar[str | None] = None  # what the layout's authors write: "mean_std", "mean_logvar"
     extras: tuple[str, ...] = ()
     labels: np.ndarray | None
-    names: list[str]
+    names: Sequence[str]
     flips: bool = False
+    places: np.ndarray | None = None
+    fingerprint: dict[str, Any] | None = None
 
     def __init__(self, path: Path, moments: str | None = None) -> None:
         self.path = path
-        self._given: dict[str, Any] = {"moments": moments}
         self._open()
         if not len(self):
             raise CacheError(f"{path}: a {self.format} cache without images")
@@ -82,30 +89,41 @@ class LatentCache:
     def __len__(self) -> int:
         return len(self.names)
 
-    def read(self, index: slice | Sequence[int], flip: bool = False) -> Tensor:
-        """Items (B, *item) fp32. CacheError where one is of another shape, or no numbers, or not finite."""
-        which = range(*index.indices(len(self))) if isinstance(index, slice) else index
+    def read(self, index: slice | Sequence[int] | np.ndarray, flip: bool = False) -> Tensor:
+        """Items (B, *item) fp32. CacheError where one is of another shape, or no numbers, or not finite; IndexError for
+        a place that is none."""
+        which = np.arange(*index.indices(len(self))) if isinstance(index, slice) else np.asarray(index, dtype=np.int64)
         if flip and not self.flips:
             raise CacheError(f"{self.path}: a {self.format} cache without the mirror images")
-        rows = []
-        for i in which:
-            item = self.stored(i, flip)
-            if item.shape != self.item or item.dtype.kind != "f":
-                raise CacheError(
-                    f"{self.path}: item {self.names[i]} is {item.dtype} {item.shape}, the first one float {self.item}"
-                )
-            rows.append(np.asarray(item, dtype=np.float32))
-        items = torch.from_numpy(np.stack(rows)) if rows else torch.empty(0, *self.item)
-        if not items.isfinite().all():
+        if not len(which):
+            return torch.empty(0, *self.item)
+        if which.min() < 0 or which.max() >= len(self):
+            raise IndexError(f"{self.path}: {which.min()} .. {which.max()} do not lie in its {len(self)} items")
+        items = self._rows(which, flip)
+        # NaN and infinity are the least or the greatest: two numbers to look at, and no tensor of booleans
+        if not torch.stack(torch.aminmax(items)).isfinite().all():
             bad = int((~items.flatten(1).isfinite().all(1)).nonzero()[0])
             raise CacheError(f"{self.path}: item {self.names[which[bad]]} holds values that are not finite")
-        if self.kind == "mean_std" and not (second := items[:, self.item[0] // 2 :] > 0).all():
-            bad = int((~second.flatten(1).all(1)).nonzero()[0])
+        if self.kind == "mean_std" and not (second := items[:, self.item[0] // 2 :]).min() > 0:
+            bad = int((second.flatten(1).amin(1) <= 0).nonzero()[0])
             raise CacheError(
                 f"{self.path}: item {self.names[which[bad]]} holds a standard deviation that is not > 0; if its "
                 "moments are log variances, say so: --moments logvar"
             )
         return items
+
+    def _rows(self, which: np.ndarray, flip: bool) -> Tensor:
+        """Items at these places, at least one, (B, *item) fp32 of any values; one after another where the layout has no
+        quicker way."""
+        rows = np.empty((len(which), *self.item), dtype=np.float32)
+        for k, i in enumerate(which.tolist()):
+            item = self.stored(i, flip)
+            if item.shape != self.item or item.dtype.kind != "f":
+                raise CacheError(
+                    f"{self.path}: item {self.names[i]} is {item.dtype} {item.shape}, the first one float {self.item}"
+                )
+            rows[k] = item
+        return torch.from_numpy(rows)
 
     def batches(self, size: int, flip: bool = False) -> Iterator[tuple[range, Tensor]]:
         """(their places, items) in order."""
@@ -120,17 +138,35 @@ class LatentCache:
         assert self.stated is not None
         return moments_kind(self, moments)
 
-    def __reduce__(self) -> Any:
-        """For workers of a DataLoader: open files do not travel, the new one opens its own."""
-        return _reopened, (type(self), self.path, self._given)
+    @property
+    def statistics_file(self) -> Path | None:
+        """The file beside the latents that says how to normalise them, for `LatentStatistics.load`; None where there is
+        none. CacheError where there are several."""
+        folder = self.path if self.path.is_dir() else self.path.parent
+        for pattern in STATISTICS:
+            found = sorted(folder.glob(pattern))
+            # REPA-E's are called after the tokenizer, as its latents are
+            found = [p for p in found if p.name == f"{self.path.stem}-latents-stats.pt"] or found
+            if len(found) > 1:
+                names = ", ".join(p.name for p in found)
+                raise CacheError(f"{folder}: several files of statistics ({names}): say which one counts")
+            if found:
+                return found[0]
+        return None
 
     def __repr__(self) -> str:
         labels = "no labels" if self.labels is None else f"{len(np.unique(self.labels))} classes"
         return f"{self.format} cache {self.path}: {len(self)} x {self.shape}, {self.kind}, {labels}"
 
 
-def _reopened(kind: type[LatentCache], path: Path, given: dict[str, Any]) -> LatentCache:
-    return kind(path, **given)
+def drawn(items: Tensor, kind: str, noise: Tensor | None = None) -> Tensor:
+    """Latents (B, *shape) of items (B, *item) of a kind, as the module's table has it. noise: eps (B, *shape), for
+    moments only."""
+    if kind in ("sample", "scaled"):
+        return items
+    assert noise is not None
+    mean, second = items.chunk(2, dim=1)
+    return mean + (second if kind == "mean_std" else (second / 2).exp()) * noise
 
 
 def moments_kind(cache: Any, given: str | None = None) -> str:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maetok_fast.data.caches.cache import CacheError, LatentCache
+from maetok_fast.data.caches.cache import CacheError, LatentCache, drawn
 from maetok_fast.data.caches.writers import WRITERS
 
 __all__ = ["Converted", "convert_cache"]
@@ -127,10 +127,9 @@ def _change(
         mean, second = items.chunk(2, dim=1)
         if not draws:
             return torch.cat([mean, 2 * second.log() if kind == "mean_logvar" else (second / 2).exp()], dim=1)
-        std = second if here == "mean_std" else (second / 2).exp()
         assert seed is not None
         streams = [np.random.Generator(np.random.Philox(key=[seed, 2 * i + mirrored])) for i in which]
         noise = torch.from_numpy(np.stack([s.standard_normal(mean.shape[1:], dtype=np.float32) for s in streams]))
-        return (mean + std * noise) * factor
+        return drawn(items, here, noise) * factor
 
     return change

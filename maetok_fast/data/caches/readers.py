@@ -1,10 +1,7 @@
 # Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 """The layouts of latent caches, each told by what lies in its folder, and `open_cache`.
 
-    lightningdit  latents_rank{rr:02d}_shard{sss:03d}.safetensors: latents, latents_flip, labels (LightningDiT, VTP; SFD
-                  adds latents_sv, latents_dino). Ranks of a distributed sampler: image i is item i // W of rank i % W,
-                  and the sampler repeats the first images at the end so that all ranks are of one length. `images=`,
-                  how many there really are, drops those; nothing in the files tells them (each was sampled anew).
+    lightningdit  latents_rank{rr:02d}_shard{sss:03d}.safetensors (LightningDiT, VTP, SFD, ours): lightningdit.py
     repa          00000/img-mean-std-00000000.npy and dataset.json {"labels": [[path, int], ...]}, in vae-sd/ or itself
     repa-e        <name>.h5 and <name>_h5.json, the names of its datasets; their order is the sorted one
     mar           <class>/<file>.npz: moments, moments_flip
@@ -16,94 +13,23 @@ opened.
 
 from __future__ import annotations
 
+import fnmatch
 import json
-import re
+import os
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
 from maetok_fast.data.caches.cache import CacheError, LatentCache
+from maetok_fast.data.caches.lightningdit import RECORD, SHARD_NAME, LightningDiTCache
+from maetok_fast.data.samples import Names
 
 __all__ = ["FORMATS", "find_cache", "open_cache"]
 
 MOST_BYTES = 2**28  # of one item: what claims more is no latent
-_SHARD = re.compile(r"latents_rank(\d+)_shard(\d+)\.safetensors")
-
-
-class LightningDiTCache(LatentCache):
-    """See the module's table. images: how many there really are; None: all rows."""
-
-    format = "lightningdit"
-
-    def __init__(self, path: Path, moments: str | None = None, images: int | None = None) -> None:
-        self.images = images
-        if moments is not None:
-            raise CacheError(f"{path}: a lightningdit cache holds samples, no moments")
-        super().__init__(path)
-        self._given["images"] = images
-
-    def _open(self) -> None:
-        from safetensors import SafetensorError, safe_open
-
-        found = sorted((int(m[1]), int(m[2]), p) for p in self.path.iterdir() if (m := _SHARD.fullmatch(p.name)))
-        rows: dict[int, list[tuple[Any, int]]] = {}
-        keys: set[str] | None = None
-        for rank, _, path in found:
-            try:
-                file = safe_open(path, framework="numpy")
-                here, shape = set(file.keys()), file.get_slice("latents").get_shape()
-            except (SafetensorError, OSError, ValueError) as error:
-                raise CacheError(f"{path}: no complete shard of a lightningdit cache ({error})") from error
-            if keys is not None and here != keys:
-                raise CacheError(f"{path}: holds {sorted(here)}, the shards before it {sorted(keys)}")
-            keys = here
-            rows.setdefault(rank, []).extend((file, i) for i in range(shape[0]))
-        self._rows = _interleaved(rows, self.images, self.path)
-        self.names = [f"{i:08d}" for i in range(len(self._rows))]
-        keys = keys or set()
-        self.flips = "latents_flip" in keys
-        self.extras = tuple(sorted(k for k in keys - {"latents", "latents_flip", "labels"} if not k.endswith("_flip")))
-        self.labels = self._labels() if "labels" in keys else None
-
-    def _labels(self) -> np.ndarray:
-        whole: dict[int, np.ndarray] = {}
-        out = np.empty(len(self._rows), dtype=np.int64)
-        for i, (file, row) in enumerate(self._rows):
-            if id(file) not in whole:
-                whole[id(file)] = file.get_tensor("labels")
-            out[i] = whole[id(file)][row]
-        return out
-
-    def stored(self, i: int, flip: bool = False) -> np.ndarray:
-        return self.extra("latents_flip" if flip else "latents", i)
-
-    def extra(self, name: str, i: int) -> np.ndarray:
-        file, row = self._rows[i]
-        try:
-            return np.asarray(file.get_slice(name)[row : row + 1])[0]
-        except Exception as error:  # SafetensorError is no type that it always raises
-            raise CacheError(f"{self.path}: item {i} has no {name} ({error})") from error
-
-    def _kind(self, moments: str | None) -> str:
-        return "sample"
-
-
-def _interleaved(rows: dict[int, list[Any]], images: int | None, path: Path) -> list[Any]:
-    """The ranks' items in the images' order, without what the sampler repeated."""
-    ranks = [rows[rank] for rank in sorted(rows)]
-    longest = max((len(r) for r in ranks), default=0)
-    ordered = [ranks[k][i] for i in range(longest) for k in range(len(ranks)) if i < len(ranks[k])]
-    if images is None:
-        return ordered
-    if not len(ordered) - len(ranks) < images <= len(ordered):
-        raise CacheError(
-            f"{path}: {images} images cannot be in its {len(ordered)} items of {len(ranks)} ranks: a distributed "
-            "sampler repeats fewer than one a rank"
-        )
-    return ordered[:images]
 
 
 class _Files(LatentCache):
@@ -112,9 +38,17 @@ class _Files(LatentCache):
     pattern: ClassVar[str]
 
     def _open(self) -> None:
-        self._files = sorted(p for p in self.path.rglob(self.pattern) if p.is_file())
-        self.names = [p.relative_to(self.path).with_suffix("").as_posix() for p in self._files]
+        found = []
+        for folder, _, files in os.walk(self.path):
+            inner = Path(folder).relative_to(self.path).as_posix()
+            found += [name if inner == "." else f"{inner}/{name}" for name in fnmatch.filter(files, self.pattern)]
+        found.sort(key=lambda name: name.split("/"))
+        self._ending = Path(self.pattern).suffix
+        self.names = Names(name.removesuffix(self._ending) for name in found)
         self.labels = self._labels()
+
+    def _file(self, i: int) -> Path:
+        return self.path / f"{self.names[i]}{self._ending}"
 
     def _labels(self) -> np.ndarray | None:
         """By the folder that a file lies in."""
@@ -125,7 +59,7 @@ class _Files(LatentCache):
         return np.array([places[c] for c in classes], dtype=np.int64)
 
     def stored(self, i: int, flip: bool = False) -> np.ndarray:
-        return _array(self._files[i])
+        return _array(self._file(i))
 
 
 class REPACache(_Files):
@@ -149,10 +83,10 @@ class MARCache(_Files):
 
     def _open(self) -> None:
         super()._open()
-        self.flips = bool(self._files) and "moments_flip.npy" in _members(self._files[0])
+        self.flips = bool(self.names) and "moments_flip.npy" in _members(self._file(0))
 
     def stored(self, i: int, flip: bool = False) -> np.ndarray:
-        return _member(self._files[i], "moments_flip" if flip else "moments")
+        return _member(self._file(i), "moments_flip" if flip else "moments")
 
 
 class DCAECache(_Files):
@@ -175,29 +109,28 @@ class REPAECache(LatentCache):
         h5py = _h5py()
         if self.path.is_dir():
             self.path = _h5_files(self.path)[0]
-        try:
-            self._h5 = h5py.File(self.path, "r")
-        except OSError as error:
-            raise CacheError(f"{self.path}: not a complete HDF5 file ({error})") from error
+        self._file = _H5File(self.path)
+        self._file.opened()
         names = _json(_names_of(self.path))
         if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
             raise CacheError(f"{_names_of(self.path)}: expected a list of names")
         # as REPA-E's loader pairs them with images: several processes may have written them in another order
-        self._keys = sorted(n for n in names if not n.endswith(".json"))
+        keys = sorted(n for n in names if not n.endswith(".json"))
         own: set[str] = set()
-        for key in self._keys:
+        for key in keys:
             parts = key.split("/")
             for part in ("/".join(parts[:n]) for n in range(1, len(parts) + 1)):
                 if part not in own and not self._is_own(part, h5py.HardLink):
                     raise CacheError(f"{self.path}: {key!r}, which {_names_of(self.path).name} lists, is not in it")
                 own.add(part)
-        self.names = [Path(key).with_suffix("").as_posix() for key in self._keys]
+        self._keys = Names(keys)
+        self.names = Names(Path(key).with_suffix("").as_posix() for key in keys)
         self.labels = self._labels()
 
     def _is_own(self, key: str, link: type) -> bool:
         """Links may lead out of the file: what is not its own is not followed."""
         try:
-            return isinstance(self._h5.get(key, getlink=True), link)
+            return isinstance(self._file.opened().get(key, getlink=True), link)
         except Exception as error:  # h5py passes on whatever HDF5 says, as four types
             raise CacheError(f"{self.path}: {key} cannot be read ({error})") from error
 
@@ -206,7 +139,8 @@ class REPAECache(LatentCache):
         if beside.is_file():
             return _told_labels(_json(beside), self.names, beside)
         try:
-            inside = json.loads(bytes(self._array("dataset.json")).decode()) if "dataset.json" in self._h5 else None
+            there = "dataset.json" in self._file.opened()
+            inside = json.loads(bytes(self._array("dataset.json")).decode()) if there else None
         except (ValueError, RuntimeError, OSError) as error:
             raise CacheError(f"{self.path}: its dataset.json cannot be read ({error})") from error
         return None if inside is None else _told_labels(inside, self.names, self.path)
@@ -216,7 +150,7 @@ class REPAECache(LatentCache):
 
     def _array(self, key: str) -> np.ndarray:
         try:
-            found = self._h5[key]
+            found = self._file.opened()[key]
             if found.external or found.is_virtual:
                 raise ValueError("its values lie in other files, which are not followed")
             if found.nbytes > MOST_BYTES:
@@ -224,6 +158,26 @@ class REPAECache(LatentCache):
             return np.asarray(found)
         except Exception as error:  # as above
             raise CacheError(f"{self.path}: {key} cannot be read ({error})") from error
+
+
+class _H5File:
+    """Opened anew in each process that reads: HDF5's own state is not meant to be forked, nor can it be sent."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._process, self._file = path, 0, None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "_process": 0, "_file": None}
+
+    def opened(self) -> Any:
+        """h5py.File. CacheError where it is none."""
+        if self._process != os.getpid():
+            try:
+                self._file = _h5py().File(self.path, "r")
+            except OSError as error:
+                raise CacheError(f"{self.path}: not a complete HDF5 file ({error})") from error
+            self._process = os.getpid()
+        return self._file
 
 
 # ---- which it is --------------------------------------------------------------------------------------------------
@@ -248,7 +202,7 @@ def _h5_files(path: Path) -> list[Path]:
 # in the order in which they are asked: the more telling first
 FORMATS: dict[str, tuple[Callable[[Path], bool], type[LatentCache]]] = {
     "lightningdit": (
-        lambda path: path.is_dir() and any(_SHARD.fullmatch(p.name) for p in path.iterdir()),
+        lambda path: path.is_dir() and any(SHARD_NAME.fullmatch(p.name) or p.name == RECORD for p in path.iterdir()),
         LightningDiTCache,
     ),
     "repa-e": (lambda path: bool(_h5_files(path)), REPAECache),
@@ -312,7 +266,7 @@ def _json(path: Path) -> Any:
         raise CacheError(f"{path}: not readable as JSON ({error})") from error
 
 
-def _told_labels(content: Any, names: list[str], where: Path) -> np.ndarray | None:
+def _told_labels(content: Any, names: Sequence[str], where: Path) -> np.ndarray | None:
     """Of dataset.json: by path, or, where paths are of images, in sorted order, as REPA pairs them."""
     pairs = content.get("labels") if isinstance(content, dict) else None
     if pairs is None:
@@ -332,7 +286,10 @@ def _told_labels(content: Any, names: list[str], where: Path) -> np.ndarray | No
 
 def _array(path: Path) -> np.ndarray:
     try:
-        return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+        with open(path, "rb") as file:  # mapped, an item of usual size takes half as long again
+            if os.fstat(file.fileno()).st_size > MOST_BYTES:
+                raise ValueError("it is larger than an item")
+            return np.asarray(np.lib.format.read_array(file, allow_pickle=False))
     except Exception as error:  # numpy parses the header as Python, and passes on what its tokenizer raises
         raise CacheError(f"{path}: no array file that can be read ({error})") from error
 
@@ -347,11 +304,12 @@ def _members(path: Path) -> list[str]:
 
 def _member(path: Path, name: str) -> np.ndarray:
     try:
-        with zipfile.ZipFile(path) as entries:
-            if entries.getinfo(f"{name}.npy").file_size > MOST_BYTES:
+        with zipfile.ZipFile(path) as archive:
+            entry = archive.getinfo(f"{name}.npy")
+            if entry.file_size > MOST_BYTES:
                 raise ValueError("it unpacks to more than an item")
-        with np.load(path, allow_pickle=False) as archive:
-            return np.asarray(archive[name])
+            with archive.open(entry) as file:
+                return np.asarray(np.lib.format.read_array(file, allow_pickle=False))
     except KeyError:
         raise CacheError(f"{path}: has no {name}; it holds {', '.join(_members(path))}") from None
     except Exception as error:  # zlib's, zipfile's, numpy's on damaged members

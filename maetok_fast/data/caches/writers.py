@@ -18,10 +18,9 @@ from torch import Tensor
 
 from maetok_fast.data.caches.cache import CacheError
 from maetok_fast.data.caches.readers import _h5py
+from maetok_fast.data.caches.shards import SHARD, ChannelMoments, shard_name, write_shard, write_statistics
 
 __all__ = ["WRITERS", "CacheWriter"]
-
-SHARD = 10_000  # rows, as LightningDiT's extraction writes them
 
 
 class CacheWriter:
@@ -61,8 +60,7 @@ class LightningDiTWriter(CacheWriter):
     def __init__(self, folder: Path, name: str) -> None:
         super().__init__(folder, name)
         self._held: dict[str, list[Tensor]] = {"latents": [], "latents_flip": [], "labels": []}
-        self._shards, self._sums = 0, torch.zeros(0, dtype=torch.float64)
-        self._numbers = 0
+        self._moments: list[ChannelMoments] = []  # of each shard
 
     def add(self, items: Tensor, mirrored: Tensor | None, labels: np.ndarray | None, names: Sequence[str]) -> None:
         assert labels is not None
@@ -70,36 +68,21 @@ class LightningDiTWriter(CacheWriter):
         self._held["labels"].append(torch.from_numpy(labels))
         if mirrored is not None:
             self._held["latents_flip"].append(mirrored)
-        # channels last: (B, C, h, w) or (B, L, C)
-        flat = (items.movedim(1, -1) if items.ndim == 4 else items).reshape(
-            -1, items.shape[1 if items.ndim == 4 else 2]
-        )
-        moments = torch.stack([flat.double().sum(0), flat.double().square().sum(0)])
-        self._sums = moments if not self._numbers else self._sums + moments
-        self._numbers += len(flat)
         self._dims = items.ndim
         self.count += len(names)
         while sum(map(len, self._held["labels"])) >= SHARD:
             self._shard(SHARD)
 
     def _shard(self, rows: int) -> None:
-        from safetensors.torch import save_file
-
         whole = {key: torch.cat(parts) for key, parts in self._held.items() if parts}
         self._held = {key: [whole[key][rows:]] if key in whole else [] for key in self._held}
         shard = {key: value[:rows].contiguous() for key, value in whole.items()}
-        about = {"total_size": str(len(shard["labels"])), "dtype": str(shard["latents"].dtype), "device": "cpu"}
-        save_file(shard, self.folder / f"latents_rank00_shard{self._shards:03d}.safetensors", about)
-        self._shards += 1
+        self._moments.append(write_shard(self.folder / shard_name(len(self._moments)), shard))
 
     def close(self) -> None:
         if any(len(part) for part in self._held["labels"]):
             self._shard(SHARD)
-        mean = self._sums[0] / self._numbers
-        var = (self._sums[1] - self._numbers * mean.square()) / max(1, self._numbers - 1)
-        shape = (1, -1, 1, 1) if self._dims == 4 else (1, 1, -1)
-        stats = {"mean": mean.float().reshape(shape), "std": var.clamp_min(0).sqrt().float().reshape(shape)}
-        torch.save(stats, self.folder / "latents_stats.pt")
+        write_statistics(self.folder / "latents_stats.pt", ChannelMoments.together(self._moments), self._dims)
 
 
 class REPAWriter(CacheWriter):
