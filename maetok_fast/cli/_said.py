@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import typer
@@ -48,7 +49,8 @@ def processes(name: str) -> Iterator[tuple[torch.device, int, int]]:
     if where.type == "cuda" and where.index is None and count > 1:
         where = device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
     if count > 1:
-        dist.init_process_group("gloo")
+        # the last barrier waits for whoever has most left to do, which may be hours
+        dist.init_process_group("gloo", timeout=timedelta(days=7))
     try:
         yield where, process, count
     finally:

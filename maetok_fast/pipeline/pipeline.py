@@ -34,7 +34,7 @@ from maetok_fast.pipeline.noise import SampleNoise
 from maetok_fast.pipeline.statistics import LatentStatistics
 from maetok_fast.precision import Precision
 
-__all__ = ["Batch", "Generated", "Pipeline", "latent_shape"]
+__all__ = ["Batch", "Generated", "Pipeline", "latent_shape", "weights_fingerprint"]
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Pipeline:
             raise ValueError("Pipeline: negative is a second generator for autoguidance, and there is no first")
         if self.statistics is not None:
             self.statistics.check(self.shape)
-        self.fingerprint = _fingerprint(tokenizer, generator, negative, self.statistics)
+        self.fingerprint = weights_fingerprint(tokenizer, generator, negative, self.statistics)
         options: dict[str, Any] = {"precision": precision, "weights": weights, "reproducible": reproducible}
         self.tokenizer = prepare(tokenizer, **options)
         self.generator = None if generator is None else prepare(generator, **options)
@@ -211,7 +211,7 @@ class Pipeline:
             yield Batch(images, made.nfe, made.rows, time.perf_counter() - began, start)
 
 
-def _fingerprint(*parts: nn.Module | LatentStatistics | None) -> str:
+def weights_fingerprint(*parts: nn.Module | LatentStatistics | None) -> str:
     """16 hex digits of names, shapes and about 64 numbers of every tensor: tells weights of one shape apart, in
     milliseconds."""
     digest = hashlib.sha256()
