@@ -148,7 +148,7 @@ def our_run(args: argparse.Namespace, device: torch.device) -> Any:
 
 def make_ours(run: Any, device: torch.device) -> OurStep:
     """The stage of a run, wrapped and with its optimizers as `training.loop.Loop` does it."""
-    from maetok_fast.training.build import make_stage
+    from maetok_fast.training.build_tokenizer import make_stage
     from maetok_fast.training.loop import prepare
     from maetok_fast.training.world import World
 

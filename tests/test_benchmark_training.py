@@ -183,7 +183,7 @@ def test_our_step_trains_and_its_parts_are_the_whole_step():
     values = step(pixels)
     assert {"reconstruction", "hog", "test_vit", "test_vit2"} <= set(values)
     assert not torch.equal(before, last)
-    assert set(step.timings) == set(PARTS) - {"discriminator"}
+    assert set(step.timings) == set(PARTS) - {"discriminator", "EMA"}  # the optimizer's pass moves the average
     assert min(step.timings.values()) > 0
     assert (step.ema.updates, step.step) == (1, 15_001)
 

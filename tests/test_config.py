@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from maetok_fast.config import ConfigError, differences, read, read_yaml, to_yaml
 from maetok_fast.training.configs import AuxiliaryConfig, DecoderRun, EMAConfig, TokenizerRun
-from maetok_fast.training.runs import RUNS, read_run
+from maetok_fast.training.runs import RUNS, STAGES, read_run
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
@@ -28,7 +28,7 @@ def test_a_run_comes_back_from_its_yaml(name: str) -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_configuration_file_is_a_run(path: Path) -> None:
-    stage = "decoder" if "decoder" in path.stem else "tokenizer"
+    stage = next(name for name, kinds in STAGES.items() if type(RUNS[path.stem]()) in kinds)
     run = read_run(stage, path)
     changed = differences(RUNS[path.stem](), run)
     assert all(key.startswith("data.") for key in changed), changed

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,10 @@ from training_runs import small_run, write_images
 from maetok_fast.data.loader import Batch, Batches
 from maetok_fast.data.sources import open_source
 from maetok_fast.data.views import View
+from maetok_fast.layers import EMA
 from maetok_fast.training.checkpoints import TrainingError
 from maetok_fast.training.configs import TokenizerRun
-from maetok_fast.training.loop import Loop, Network
+from maetok_fast.training.loop import Loop, Measured, Network
 from maetok_fast.training.world import World, local_batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -30,7 +30,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 class Toy:
     """`Stage`: a network that copies small images through dropout, and one that judges the copies from step 3 on."""
 
-    def __init__(self, spoil: dict[int, float] | None = None, host: bool = False) -> None:
+    product = "tokenizer"
+
+    def __init__(self, spoil: dict[int, float] | None = None, validates: bool = False) -> None:
+        self.validates = validates
         torch.manual_seed(7)
         self.averaged = nn.Sequential(nn.Linear(48, 16), nn.Dropout(0.2), nn.Linear(16, 48))
         self.judge = nn.Sequential(nn.Linear(48, 8), nn.ReLU(), nn.Linear(8, 1))
@@ -40,7 +43,7 @@ class Toy:
         ]
         self.spoil, self.seen = spoil or {}, []
 
-    def begin(self, world: World) -> None:
+    def begin(self, world: World, ema: EMA) -> None:
         self.world = world
 
     def backward(self, batch: Batch, step: int, part: int, parts: int) -> dict[str, Tensor]:
@@ -58,8 +61,19 @@ class Toy:
             values["judge"] = judged.detach()
         return values
 
-    def reconstruct(self, images: Tensor) -> Tensor:
-        return self.averaged(images.flatten(1)).view_as(images)
+    def picture(self) -> dict[str, Tensor]:
+        x = torch.linspace(-1, 1, 2 * 48).reshape(2, 3, 4, 4)
+        return {"originals": x, "reconstructions": self.averaged(x.flatten(1)).view_as(x)}
+
+    def validate(self) -> Measured | None:
+        """Minus the squared error over 4 images."""
+        if not self.validates:
+            return None
+        total = 0.0
+        for i in range(2):
+            x = torch.linspace(-1, 1, 2 * 48).reshape(2, 48) * (1 - i)
+            total -= float((self.averaged(x) - x).square().sum())
+        return Measured("psnr", total, 4)
 
     def save_average(self, folder: Path, average: dict[str, Tensor]) -> None:
         folder.mkdir()
@@ -83,8 +97,8 @@ class Seen:
     def record(self, step: int, values: dict[str, float], **rest: Any) -> None:
         self.records.append((step, values))
 
-    def picture(self, step: int, originals: Tensor, reconstructions: Tensor) -> None:
-        assert originals.shape == reconstructions.shape
+    def picture(self, step: int, rows: dict[str, Tensor]) -> None:
+        assert rows["originals"].shape == rows["reconstructions"].shape
         self.pictures.append(step)
 
     def close(self) -> None:
@@ -96,7 +110,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_images(tmp_path_factory.mktemp("loop") / "images", 10, 6)
 
 
-def loop_of(run: TokenizerRun, stage: Toy, seen: Seen | None = None, validate: bool = False) -> Loop:
+def loop_of(run: TokenizerRun, stage: Toy, seen: Seen | None = None) -> Loop:
     world = World("cpu", run.loop.parallel)
     source, view = open_source(run.data.path), View(4, "random", 0.8, 1.0, flip=0.5)
     batch = local_batch(run.loop.batch, world.size, run.loop.accumulate)
@@ -106,11 +120,7 @@ def loop_of(run: TokenizerRun, stage: Toy, seen: Seen | None = None, validate: b
             source, view, batch, seed=run.loop.seed, step=start, workers=0, decoder="pil", unreadable=unreadable
         )
 
-    def validation() -> Iterator[Tensor]:
-        for i in range(2):
-            yield torch.linspace(-1, 1, 2 * 48).reshape(2, 3, 4, 4) * (1 - i)
-
-    return Loop(run, stage, world, batches, validation, validate, lambda step: seen or Seen(), "f")
+    return Loop(run, stage, world, batches, lambda step: seen or Seen(), "f")
 
 
 def final(path: Path) -> dict[str, bytes]:
@@ -207,7 +217,7 @@ def test_validation_keeps_the_best_and_disturbs_nothing(tmp_path: Path, images: 
     plain, watched = small_run(tmp_path / "plain", images), small_run(tmp_path / "watched", images)
     seen = Seen()
     watched = settings(watched, validate_every=2, picture_every=3)
-    a, b = loop_of(plain, Toy()).fit(), loop_of(watched, Toy(), seen, validate=True).fit()
+    a, b = loop_of(plain, Toy()).fit(), loop_of(watched, Toy(validates=True), seen).fit()
     assert final(a) == final(b)
     scores = {step: v["validation/psnr"] for step, v in seen.records if "validation/psnr" in v}
     assert list(scores) == [2, 4, 6, 8, 10, 12]

@@ -127,14 +127,14 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     with contextlib.closing(make(folder, main=False)) as observer:
         observer.step(1)
         observer.record(1, {"loss": 1.0}, seconds=1.0)
-        observer.picture(1, torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 4, 4))
+        observer.picture(1, {"originals": torch.zeros(1, 3, 4, 4), "reconstructions": torch.zeros(1, 3, 4, 4)})
     assert not folder.exists()
 
 
 def test_a_picture_has_originals_above_reconstructions_above_further_rows(tmp_path: Path) -> None:
     x = torch.rand(3, 3, 5, 7, generator=torch.Generator().manual_seed(0)) * 3 - 1.5  # beyond the range on both sides
     with contextlib.closing(make(tmp_path)) as observer:
-        observer.picture(12, x, -x, masked=x.bfloat16())
+        observer.picture(12, {"originals": x, "reconstructions": -x, "masked": x.bfloat16()})
     found = np.asarray(Image.open(tmp_path / "samples" / "0000012.png"))
     gap = observe.GAP
     assert found.shape == (3 * 5 + 2 * gap, 3 * 7 + 2 * gap, 3)
@@ -150,7 +150,7 @@ def test_a_picture_has_originals_above_reconstructions_above_further_rows(tmp_pa
 def test_a_picture_shows_the_first_eight(tmp_path: Path) -> None:
     x = torch.linspace(-1, 1, 20)[:, None, None, None].expand(20, 3, 2, 2)
     with contextlib.closing(make(tmp_path)) as observer:
-        observer.picture(1, x, x)
+        observer.picture(1, {"originals": x, "reconstructions": x})
     found = np.asarray(Image.open(tmp_path / "samples" / "0000001.png"))
     step = 2 + observe.GAP
     assert found[0, ::step, 0].tolist() == ((x[:8, 0, 0, 0] + 1) * 127.5).round().int().tolist()
@@ -159,7 +159,7 @@ def test_a_picture_shows_the_first_eight(tmp_path: Path) -> None:
 def test_pictures_of_two_shapes_are_refused(tmp_path: Path) -> None:
     observer = make(tmp_path)
     with contextlib.closing(observer), pytest.raises(ValueError, match="reconstructions"):
-        observer.picture(1, torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 8))
+        observer.picture(1, {"originals": torch.zeros(2, 3, 4, 4), "reconstructions": torch.zeros(2, 3, 4, 8)})
 
 
 def test_a_full_disk_is_said_once_and_leaves_whole_lines(
@@ -191,7 +191,7 @@ def test_a_full_disk_is_said_once_and_leaves_whole_lines(
         observer.record(2, {"loss": 2.0})
         with monkeypatch.context() as patch:
             patch.setattr(observe, "written", full)
-            observer.picture(2, torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 4, 4))
+            observer.picture(2, {"originals": torch.zeros(1, 3, 4, 4), "reconstructions": torch.zeros(1, 3, 4, 4)})
         observer.record(3, {"loss": 3.0})  # there is room again
     assert [line["loss"] for line in lines(tmp_path)] == [1.0, 3.0]
     said = [r.getMessage() for r in caplog.records]
@@ -276,13 +276,13 @@ def test_tensorboard_has_the_logs_names_and_values_and_the_picture(tmp_path: Pat
     pytest.importorskip("tensorboard")
     with contextlib.closing(make(tmp_path, tensorboard=True)) as observer:
         observer.record(5, {"reconstruction": 0.5, "gradient/tokenizer": 2.0}, seconds=1.0)
-        observer.picture(5, torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 4, 4))
+        observer.picture(5, {"originals": torch.zeros(1, 3, 4, 4), "reconstructions": torch.zeros(1, 3, 4, 4)})
     found = events(tmp_path)
     (line,) = lines(tmp_path)
     assert set(found.Tags()["scalars"]) == line.keys() - {"step", "time", "session"}
     for name in found.Tags()["scalars"]:
         assert [(e.step, e.value) for e in found.Scalars(name)] == [(5, pytest.approx(line[name]))]
-    assert [(e.step, e.width, e.height) for e in found.Images("reconstructions")] == [(5, 4, 4 + observe.GAP + 4)]
+    assert [(e.step, e.width, e.height) for e in found.Images("samples")] == [(5, 4, 4 + observe.GAP + 4)]
 
 
 def test_tensorboard_hides_the_steps_that_a_killed_session_was_ahead(tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def make(
                 observer.record(step, {"validation/psnr": 20 + i / 100})
         for i in range(pictures):
             x = torch.full((8, 3, 100, 100), i / 10)
-            observer.picture(10 * (i + 1), x, -x)
+            observer.picture(10 * (i + 1), {"originals": x, "reconstructions": -x})
     for step in checkpoints:
         (folder / "checkpoints" / f"{step:07d}" / "tokenizer").mkdir(parents=True)
         (folder / "checkpoints" / f"{step:07d}" / "tokenizer" / "model.safetensors").write_bytes(bytes(1_500_000))
@@ -197,7 +197,7 @@ def test_damaged_files_leave_their_part_out(tmp_path: Path) -> None:
         file.write(b'{"step": 40, "time": "soon", "reconstruction": "nan", "hog": [1], "session": 3}\n{"step": \xff')
     page = read(folder)
     assert "40 steps" in page.text
-    assert page.attributes("img", "alt") == ["originals above reconstructions at step 10"]
+    assert page.attributes("img", "alt") == ["originals above, reconstructions below at step 10"]
     assert "20 1.5 MB newest checkpoints/0000020" in page.text
 
 

@@ -17,9 +17,11 @@ from training_runs import bare, small_run, write_images
 
 from maetok_fast.config import ConfigError, read
 from maetok_fast.data.loader import Batch
+from maetok_fast.layers import EMA
 from maetok_fast.models import MAETok
 from maetok_fast.training.adversarial import DiscriminatorTraining
-from maetok_fast.training.build import make_stage, make_tokenizer, train
+from maetok_fast.training.build import train
+from maetok_fast.training.build_tokenizer import make_stage, make_tokenizer
 from maetok_fast.training.configs import DecoderRun, MaskConfig, TokenizerRun
 from maetok_fast.training.targets import hog_loss
 from maetok_fast.training.tokenizer import TokenizerStage
@@ -56,7 +58,7 @@ def stage_of(run: TokenizerRun, awake: bool = True) -> TokenizerStage:
             for p in stage.model.parameters():
                 if p.numel() and p.abs().max() < 1e-3:
                     p.normal_(0, 0.2)
-    stage.begin(World("cpu"))
+    stage.begin(World("cpu"), EMA(stage.averaged))
     return stage
 
 

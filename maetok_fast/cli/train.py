@@ -1,5 +1,5 @@
 # Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
-"""`maetok-fast train tokenizer|decoder --config FILE key=value ...`: alone, or under torchrun or accelerate launch."""
+"""`maetok-fast train STAGE --config FILE key=value ...`: alone, or under torchrun or accelerate launch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 
 from . import _said
 
-app = typer.Typer(no_args_is_help=True, help="Train a tokenizer, stage by stage. The same command again goes on.")
+app = typer.Typer(no_args_is_help=True, help="Train, stage by stage. The same command again goes on.")
 
 Config = Annotated[str, typer.Option(help="A YAML file (configs/...), or the name of a run (--list).")]
 Overrides = Annotated[
@@ -38,6 +38,14 @@ def decoder(
     _train("decoder", config, overrides, show, runs, quiet)
 
 
+@app.command()
+def generator(
+    overrides: Overrides = None, config: Config = "", show: Show = False, runs: List = False, quiet: Quiet = False
+) -> None:
+    """Stage 3: a SiT or LightningDiT on the latents of a cache (data.cache=), or encoded on the way (data.path=)."""
+    _train("generator", config, overrides, show, runs, quiet)
+
+
 def _train(stage: str, config: str, overrides: list[str] | None, show: bool, runs: bool, quiet: bool) -> None:
     from maetok_fast.config import to_yaml
     from maetok_fast.training.runs import RUNS, read_run
@@ -62,4 +70,5 @@ def _train(stage: str, config: str, overrides: list[str] | None, show: bool, run
         if step < run.loop.steps:
             typer.echo(f"stopped at step {step} of {run.loop.steps}; the same command goes on: {report}")
         else:
-            typer.echo(f"trained {step} steps: {newest / 'tokenizer'}, {report}")
+            product = "generator" if stage == "generator" else "tokenizer"
+            typer.echo(f"trained {step} steps: {newest / product}, {report}")

@@ -11,7 +11,7 @@ ValueError where a value lies out of its range, naming the field.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from maetok_fast.checks import check_number, check_positive
 from maetok_fast.models.configs import MAETokConfig, ViTSize
@@ -186,13 +186,13 @@ class AdversarialConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW ("adamw": torch's, fused; "apex": NVIDIA's FusedAdam).
+    """AdamW ("adamw": ours, one pass with the average; "torch": torch's, fused; "apex": NVIDIA's FusedAdam).
 
     learning_rate: for a batch of 256, times batch / 256 where `scaled`. warmup: steps from 0; schedule: "cosine" to
     `final` of it, "linear" to it, or "constant". weight_decay: none on biases, norms, tokens and frequencies. clip: of
     each network's gradient norm; 0: none."""
 
-    name: Literal["adamw", "apex"] = "adamw"
+    name: Literal["adamw", "torch", "apex"] = "adamw"
     learning_rate: float = 1e-4
     scaled: bool = True
     betas: tuple[float, float] = (0.9, 0.95)
@@ -229,7 +229,8 @@ class LoopConfig:
     """steps: optimizer steps in all. batch: images of a step, over all ranks and accumulated parts.
 
     accumulate: parts in which a rank computes its share. precision: "auto", "fp32", "bf16", "fp8". parallel: "ddp", or
-    "fsdp" (FSDP2: parameters, gradients and optimizer state sharded). checkpointing: of activations, block by block.
+    "fsdp" (FSDP2: parameters, gradients and optimizer state sharded). recompute: what norms and GELUs make is not kept
+    for the backward pass but made again, a third less for 1 to 2 % more time; checkpointing: whole blocks are.
     keep: checkpoints that stay beside the best one. max_bad_steps: steps with a gradient that is not finite, one after
     the other, at which the run stops; such steps change nothing. *_every: steps; 0: never (a last checkpoint is always
     written)."""
@@ -240,6 +241,7 @@ class LoopConfig:
     precision: str = "auto"
     parallel: Literal["ddp", "fsdp"] = "ddp"
     compile: bool = False
+    recompute: bool = True
     checkpointing: bool = False
     seed: int = 0
     device: str = ""
@@ -255,6 +257,19 @@ class LoopConfig:
         names = ("steps", "batch", "accumulate", "log_every", "keep", "max_bad_steps")
         check_positive("loop", **{name: getattr(self, name) for name in names})
         _not_negative("loop", self, "seed", "picture_every", "validate_every", "checkpoint_every")
+
+
+class Run(Protocol):
+    """What the loop reads of a run, whatever its stage."""
+
+    @property
+    def out(self) -> str: ...
+    @property
+    def optimizer(self) -> OptimizerConfig: ...
+    @property
+    def ema(self) -> EMAConfig: ...
+    @property
+    def loop(self) -> LoopConfig: ...
 
 
 @dataclass(frozen=True)
@@ -294,6 +309,3 @@ class DecoderRun(TokenizerRun):
     @property
     def frozen_encoder(self) -> bool:
         return True
-
-
-Run = TokenizerRun

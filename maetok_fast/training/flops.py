@@ -3,6 +3,7 @@
 
     count_flops(fn)       torch's FlopCounterMode over the ops' references      2 for a multiplication and its addition
     model_flops(model)    forward and backward of one image, on meta tensors    no memory, no arithmetic, seconds
+    module_flops(model, call)   likewise of whatever call(model) makes
     teacher_flops(name)   the forward of a frozen target network                likewise
 
 Counted are products (linear layers, convolutions, attention) and nothing else, as is usual for MFU. The count is of the
@@ -29,7 +30,7 @@ from maetok_fast.kernels import backend
 from maetok_fast.models.auxiliary import CAPTION_TOKENS
 from maetok_fast.training.teachers import TEACHERS
 
-__all__ = ["count_flops", "model_flops", "teacher_flops"]
+__all__ = ["count_flops", "model_flops", "module_flops", "teacher_flops"]
 
 
 def count_flops(fn: Callable[[], Any]) -> int:
@@ -54,25 +55,33 @@ def model_flops(model: nn.Module, image_size: int, *, dropped: float = 0.0, teac
     """
     check_positive("model_flops", image_size=image_size)
     check_number("model_flops", "dropped", dropped, 0, 1)
-    twin: Any = _on_meta(model).train()
-    images = torch.empty(1, 3, image_size, image_size, device="meta", dtype=_dtype(twin))
+    images = torch.empty(1, 3, image_size, image_size, device="meta", dtype=_dtype(model))
     more: dict[str, Any] = {}
     if dropped:
-        tokens = (image_size // getattr(twin, "tokenizer", twin).config.patch) ** 2
+        config: Any = getattr(model, "tokenizer", model).config
+        tokens = (image_size // config.patch) ** 2
         more["mask"] = torch.zeros(1, tokens, dtype=torch.bool, device="meta")
         more["kept"] = torch.zeros(1, tokens - math.ceil(tokens * dropped), dtype=torch.int64, device="meta")
-    if getattr(twin, "caption", None) is not None:
+    if getattr(model, "caption", None) is not None:
         ids = torch.zeros(1, CAPTION_TOKENS, dtype=torch.int64, device="meta")
         more["text"] = ids, ids.bool()
 
+    names = [name for name in teachers if name not in ("hog", "caption")]
+    return module_flops(model, lambda twin: twin(images, **more)) + sum(teacher_flops(n, image_size) for n in names)
+
+
+def module_flops(model: nn.Module, call: Callable[[Any], Any]) -> int:
+    """FLOPs of call(twin) and its backward passes; twin: the model on meta tensors, in training mode. The model is not
+    changed, and no copy of its weights is made. ValueError for a sharded one."""
+    twin = _on_meta(model).train()
+
     def step() -> None:
-        out = twin(images, **more)
+        out = call(twin)
         roots = [x for x in tree_leaves(out) if isinstance(x, Tensor) and x.requires_grad]
         if roots:
             torch.autograd.backward(roots, [torch.empty_like(x) for x in roots])
 
-    names = [name for name in teachers if name not in ("hog", "caption")]
-    return count_flops(step) + sum(teacher_flops(name, image_size) for name in names)
+    return count_flops(step)
 
 
 def teacher_flops(name: str, image_size: int, patch: int = 16) -> int:

@@ -26,9 +26,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from maetok_fast.data.images import psnr, to_uint8
-from maetok_fast.data.loader import Batch, Batches
-from maetok_fast.layers import EMA
+from maetok_fast.layers import EMA, recompute
 from maetok_fast.training.checkpoints import Checkpoints, TrainingError, load_tensors, save_tensors, write_json
 from maetok_fast.training.configs import Run
 from maetok_fast.training.optim import GuardedAdamW, learning_rate, parameter_groups
@@ -38,11 +36,9 @@ from maetok_fast.training.world import World
 if TYPE_CHECKING:
     from maetok_fast.training.observe import Observer
 
-__all__ = ["Loop", "Network", "Stage", "active", "optimize", "prepare"]
+__all__ = ["Batches", "Loop", "Measured", "Network", "Stage", "active", "optimize", "prepare"]
 
 log = logging.getLogger("maetok_fast")
-
-HIGHEST_DB = 148.0  # an equal pair's part in a mean: infinity would be the mean
 
 
 @dataclass
@@ -60,23 +56,52 @@ class Network:
     optimizer: Any = None
 
 
-class Stage(Protocol):
-    """What a step computes. `averaged` is the module whose trainable parameters the EMA follows."""
+class Batches(Protocol):
+    """The endless batches of a run: `data.loader.Batches`, `data.latents.LatentBatches`. Each has `indices`, the
+    samples in it. waited: seconds spent in next(); unreadable: sample -> why it could not be read."""
 
+    waited: float
+    unreadable: dict[str, str]
+
+    def __next__(self) -> Any: ...
+    def __enter__(self) -> Any: ...
+    def __exit__(self, *error: Any) -> None: ...
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A validation on one rank: the sum of `count` values of what the log calls `name`; falling: less is better."""
+
+    name: str
+    total: float
+    count: int
+    falling: bool = False
+
+
+class Stage(Protocol):
+    """What a step computes. `averaged` is the module whose trainable parameters the EMA follows; `product` the name of
+    its folder in a checkpoint."""
+
+    product: str
     networks: list[Network]
 
     @property
     def averaged(self) -> nn.Module: ...
 
-    def begin(self, world: World) -> None:
+    def begin(self, world: World, ema: EMA) -> None:
         """Everything is on its device and wrapped."""
 
-    def backward(self, batch: Batch, step: int, part: int, parts: int) -> dict[str, Tensor]:
+    def backward(self, batch: Any, step: int, part: int, parts: int) -> dict[str, Tensor]:
         """Adds the gradients of this part of a step (of `parts`); what the log shows, scalars on the device."""
         ...
 
-    def reconstruct(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) in [-1, 1] through the averaged module's model, for pictures and validation."""
+    def picture(self) -> dict[str, Tensor]:
+        """Rows of images (B, 3, H, W) in [-1, 1] by name, {} for none; called on all ranks, the averaged weights in
+        place, in eval mode and without gradients."""
+        ...
+
+    def validate(self) -> Measured | None:
+        """Called likewise; None where there is nothing to measure with."""
         ...
 
     def save_average(self, folder: Path, average: dict[str, Tensor]) -> None:
@@ -87,13 +112,11 @@ class Stage(Protocol):
         ...
 
 
-Examples = Callable[[], Iterator[Tensor]]  # images (B, 3, H, W) in [-1, 1] of this rank, in one order every time
-
-
 def prepare(run: Run, stage: Stage, world: World) -> EMA:
     """The stage's networks on their device, wrapped, with their optimizers; the average that follows them."""
     for network in stage.networks:
         network.module.to(world.device)
+        recompute(network.module, run.loop.recompute)
         if run.loop.checkpointing:
             _checkpoint_activations(network.blocks)
         network.called = world.wrap(network.module, network.blocks, network.shard)
@@ -102,7 +125,7 @@ def prepare(run: Run, stage: Stage, world: World) -> EMA:
     ema = EMA(stage.averaged, run.ema.decay)
     if run.ema.dtype == "bf16":
         ema.to(torch.bfloat16)
-    stage.begin(world)
+    stage.begin(world, ema)
     return ema
 
 
@@ -118,11 +141,10 @@ def optimize(run: Run, stage: Stage, ema: EMA, step: int) -> dict[str, Tensor]:
     values: dict[str, Tensor] = {}
     flags = []
     for network in active(stage, step):
-        values[f"gradient/{network.name}"], finite = network.optimizer.step(rate)
+        followed = (ema, stage.averaged) if network is stage.networks[0] else ()
+        values[f"gradient/{network.name}"], finite = network.optimizer.step(rate, *followed)
         network.optimizer.zero_grad()
         flags.append(finite)
-        if network is stage.networks[0]:
-            ema.update(stage.averaged, 1 - (1 - ema.decay) * finite.double())
     values["finite"] = torch.stack(flags).all().float()
     return values
 
@@ -136,18 +158,15 @@ class Loop:
         stage: Stage,
         world: World,
         batches: Callable[[int, dict[str, str]], Batches],
-        examples: Examples,
-        validation: bool,
         observer: Callable[[int], Observer],
         fingerprint: str = "",
     ) -> None:
         """batches(part, unreadable): the endless batches from that part of a step on (step * accumulate), knowing the
-        files that this rank could not read so far. examples: images for pictures, as many on every rank; `validation`:
-        whether they are measured too. observer(step): the one that shows the run from a step on. fingerprint: of the
-        data, which a run that goes on must find again."""
+        files that this rank could not read so far. observer(step): the one that shows the run from a step on.
+        fingerprint: of the data, which a run that goes on must find again."""
         self.run, self.stage, self.world, self.fingerprint = run, stage, world, fingerprint
         self.out = Path(run.out)
-        self.make_batches, self.examples, self.validation, self.make_observer = batches, examples, validation, observer
+        self.make_batches, self.make_observer = batches, observer
         self.checkpoints = Checkpoints(self.out / "checkpoints", run.loop.keep, world)
         self.step, self.skipped, self._bad = 0, 0, 0
         self._saved: int | None = None
@@ -186,7 +205,7 @@ class Loop:
                 begun = time.perf_counter()
                 if self._due(loop.picture_every):
                     self._picture(observer)
-                if self.validation and self._due(loop.validate_every):
+                if self._due(loop.validate_every):
                     self._validate(observer)
                 if self._due(loop.checkpoint_every):
                     self.save()
@@ -292,29 +311,28 @@ class Loop:
 
     def _picture(self, observer: Observer) -> None:
         with self._averaged():
-            for images in self.examples():
-                images = images.to(self.world.device)
-                observer.picture(self.step, images, self.stage.reconstruct(images))
-                break
+            rows = self.stage.picture()
+        if rows:
+            observer.picture(self.step, rows)
 
     def _validate(self, observer: Observer) -> None:
-        """PSNR of the averaged model on the validation images, 8-bit pixels; the best checkpoint is the highest's."""
-        scores: list[float] = []
+        """The mean over all ranks, and the best checkpoint by it."""
         with self._averaged():
-            for images in self.examples():
-                results = to_uint8(self.stage.reconstruct(images.to(self.world.device)))
-                scores += [min(psnr(*pair), HIGHEST_DB) for pair in zip(to_uint8(images), results)]
-        sums = torch.tensor([sum(scores), len(scores)], dtype=torch.float64, device=self.world.device)
+            found = self.stage.validate()
+        if found is None:
+            return
+        sums = torch.tensor([found.total, found.count], dtype=torch.float64, device=self.world.device)
         total, count = self.world.sum(sums).tolist()
         if not count:
             return
         mean = total / count
-        observer.record(self.step, {"validation/psnr": mean})
+        observer.record(self.step, {f"validation/{found.name}": mean})
         best = self.world.gathered(self.checkpoints.best())[0]  # what rank 0 finds, for all
-        if mean > best.get("psnr", float("-inf")):
+        sign = -1 if found.falling else 1
+        if found.name not in best or sign * mean > sign * best[found.name]:
             self.save()
             if self.world.main:
-                self.checkpoints.mark_best(self.step, psnr=mean)
+                self.checkpoints.mark_best(self.step, **{found.name: mean})
             self.world.barrier()
 
     # ---- checkpoints ----
@@ -344,7 +362,7 @@ class Loop:
             return
         save_tensors(folder / "networks.safetensors", networks)
         save_tensors(folder / "optimizer.safetensors", moments)
-        self.stage.save_average(folder / "tokenizer", average)
+        self.stage.save_average(folder / self.stage.product, average)
         write_json(
             folder / "state.json",
             {
@@ -366,7 +384,7 @@ class Loop:
         if self.fingerprint and state.get("data") and state["data"] != self.fingerprint:
             raise TrainingError(
                 f"data.path holds other images than those that {folder} was trained on, so that it cannot go on at the "
-                f"same place; put them back, or begin a new run (out=...) with start={folder / 'tokenizer'}"
+                f"same place; put them back, or begin a new run (out=...) with start={folder / self.stage.product}"
             )
         networks, moments = (
             load_tensors(folder / "networks.safetensors"),
@@ -376,7 +394,7 @@ class Loop:
             for network in self.stage.networks:
                 load_module(network.module, _under(networks, network.name))
                 network.optimizer.load(_under(moments, network.name))
-            average = self.stage.load_average(folder / "tokenizer")
+            average = self.stage.load_average(folder / self.stage.product)
             self.ema.load_state_dict(
                 {"decay": self.run.ema.decay, "updates": state["updates"], "average": _sharded_like(self.ema, average)}
             )
@@ -413,7 +431,7 @@ def _sharded_like(ema: EMA, average: dict[str, Tensor]) -> dict[str, Tensor]:
 
     missing = [name for name in ema.average if name not in average]
     if missing:
-        raise KeyError(f"{missing[0]} is not in the checkpoint's tokenizer")
+        raise KeyError(f"{missing[0]} is not in the checkpoint's average")
     return {name: like(value, average[name].to(value.dtype)) for name, value in ema.average.items()}
 
 

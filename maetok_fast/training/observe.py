@@ -199,16 +199,16 @@ class Observer:
                 file.truncate(self._written)
             self._file = path.open("a", encoding="ascii")
 
-    def picture(self, step: int, originals: Tensor, reconstructions: Tensor, **rows: Tensor) -> None:
-        """samples/{step:07d}.png: a row of the first 8 originals, one of their reconstructions, and `rows` below, each
-        (B, 3, H, W) in [-1, 1] of one shape on any device. ValueError where the shapes differ."""
+    def picture(self, step: int, rows: Mapping[str, Tensor]) -> None:
+        """samples/{step:07d}.png: a row of the first 8 images of each, such as originals and reconstructions, (B, 3, H,
+        W) in [-1, 1] of one shape on any device. ValueError where the shapes differ."""
         if self._file is None:
             return
-        given = {"originals": originals, "reconstructions": reconstructions, **rows}
-        check_tensor("originals", originals, ("B", 3, "H", "W"))
-        for name, images in given.items():
-            check_tensor(name, images, tuple(originals.shape))
-        sheet = _sheet([to_uint8(images[:COLUMNS].float()) for images in given.values()])
+        first = next(iter(rows))
+        check_tensor(first, rows[first], ("B", 3, "H", "W"))
+        for name, images in rows.items():
+            check_tensor(name, images, tuple(rows[first].shape))
+        sheet = _sheet([to_uint8(images[:COLUMNS].float()) for images in rows.values()])
         self._try(lambda: self._keep_picture(step, sheet))
 
     def _keep_picture(self, step: int, sheet: np.ndarray) -> None:
@@ -216,7 +216,7 @@ class Observer:
         path.parent.mkdir(exist_ok=True)
         written(path, lambda p: save_png(sheet, p))
         if self._writer is not None:
-            self._writer.add_image("reconstructions", sheet, step, dataformats="HWC")
+            self._writer.add_image("samples", sheet, step, dataformats="HWC")
 
     def _try(self, show: Callable[[], Any]) -> None:
         """What only shows something does not end a run."""

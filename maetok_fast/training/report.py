@@ -106,6 +106,8 @@ class _Run:
         found = (folder / "checkpoints").glob("[0-9]*")
         self.checkpoints = sorted((p for p in found if p.is_dir() and p.name.isdecimal()), key=lambda p: int(p.name))
         self.best = _json_of(folder / "checkpoints" / "best.json")
+        # a generator's run says how it samples
+        self.product = "generator" if self.setting("preview") is not None else "tokenizer"
 
     def setting(self, *keys: str) -> Any:
         """A value of the configuration; None where it is not there."""
@@ -344,12 +346,15 @@ def _pictures(run: _Run) -> str:
     shown = [(p, image) for p in _spread(run.samples, PICTURES) if (image := _png(p, p != run.samples[-1])) is not None]
     if not shown:
         return ""
-    out = ["<h2>Reconstructions</h2>", '<p class="soft">Each picture: originals above, reconstructions below.</p>']
+    title, what = "Reconstructions", "originals above, reconstructions below"
+    if run.product == "generator":
+        title, what = "Samples", "samples of the average, of the same noise and labels"
+    out = [f"<h2>{title}</h2>", f'<p class="soft">Each picture: {what}.</p>']
     for place, (path, image) in enumerate(reversed(shown)):
         kind = "earlier" if place else "latest"
         if place == 1:
             out.append(f"<details><summary>{len(shown) - 1} earlier</summary>")
-        alt = f"originals above reconstructions at step {int(path.stem)}"
+        alt = f"{what} at step {int(path.stem)}"
         out.append(f'<figure><figcaption>step <b>{int(path.stem):,}</b></figcaption><div class="wide {kind}">')
         out.append(f'<img alt="{alt}" src="data:image/png;base64,{image}"></div></figure>')
     return "\n".join([*out, *(["</details>"] if len(shown) > 1 else [])])
@@ -388,14 +393,18 @@ def _weights(run: _Run) -> str:
         notes += [f"best, {metric}" if metric else "best"] * (run.best.get("step") == int(path.name))
         rows.append(f"<tr><td>{int(path.name):,}<td>{_size(path)}<td>{_text('; '.join(notes))}<td><code>"
                     f"checkpoints/{_text(path.name)}</code></tr>")  # fmt: skip
-    tokenizer = last / "tokenizer"
-    command = f"maetok-fast reconstruct photos --tokenizer {_quoted(tokenizer)} --out reconstructed"
-    python = f"from maetok_fast.models import MAETok\n\ntokenizer = MAETok.from_pretrained({str(tokenizer)!r})"
+    product = last / run.product
+    command = f"maetok-fast reconstruct photos --tokenizer {_quoted(product)} --out reconstructed"
+    python = f"from maetok_fast.models import MAETok\n\ntokenizer = MAETok.from_pretrained({str(product)!r})"
+    if run.product == "generator":
+        tokenizer = _quoted(Path(run.setting("tokenizer") or "TOKENIZER"))
+        command = f"maetok-fast sample --generator {_quoted(product)} --tokenizer {tokenizer} --classes 0 --out samples"
+        python = f"from maetok_fast.models import load_generator\n\ngenerator = load_generator({str(product)!r})"
     return "\n".join(
         [
             "<h2>Checkpoints</h2>",
             '<div class="wide"><table><tr><th>step<th>size<th><th>folder</tr>', *rows, "</table></div>",
-            f"<p>The averaged tokenizer of the newest lies in <code>{_text(tokenizer)}</code>. To use it:</p>",
+            f"<p>The averaged {run.product} of the newest lies in <code>{_text(product)}</code>. To use it:</p>",
             f"<pre>{_text(command)}</pre>", f"<pre>{_text(python)}</pre>",
         ]
     )  # fmt: skip

@@ -5,7 +5,9 @@ and says what differs; `configs/` has one for each.
     tokenizer_256, tokenizer_512     the paper's stage 1
     decoder_256, decoder_512         its stage 2, from stage 1's tokenizer (start=)
     mixed_resolution                 a 256 px tokenizer fine-tuned on 256 and 512 px
+    sit_xl, sit_l, lightningdit_xl   stage 3: generators of the tokenizer's 128 latents
     laptop_tokenizer, laptop_decoder a small tokenizer that two CPU cores train in minutes, without downloads
+    laptop_generator                 a small SiT of its latents
     overfit                          MAETok-B's real shape on a handful of photographs, to see that it learns
 
 Facts: arXiv 2502.03444 and its public configuration.
@@ -20,7 +22,7 @@ from typing import Any
 
 from maetok_fast import config
 from maetok_fast.config import ConfigError
-from maetok_fast.models.configs import MAETokConfig, ViTSize
+from maetok_fast.models.configs import LightningDiTConfig, MAETokConfig, SiTConfig, ViTSize
 from maetok_fast.training.configs import (
     AdversarialConfig,
     AuxiliaryConfig,
@@ -31,11 +33,18 @@ from maetok_fast.training.configs import (
     LossConfig,
     MaskConfig,
     OptimizerConfig,
-    Run,
     TokenizerRun,
 )
+from maetok_fast.training.generator_configs import (
+    GeneratorRun,
+    LatentsConfig,
+    LightningDiTRun,
+    ObjectiveConfig,
+    PreviewConfig,
+    SiTRun,
+)
 
-__all__ = ["RUNS", "read_run"]
+__all__ = ["RUNS", "STAGES", "read_run"]
 
 
 def _model(size: int) -> MAETokConfig:
@@ -148,7 +157,48 @@ def overfit() -> TokenizerRun:
     )
 
 
-RUNS: dict[str, Callable[[], Run]] = {
+def sit_xl() -> SiTRun:
+    """Stage 3: SiT-XL on MAETok's 128 latents, 4 M steps of 256 images (the paper's)."""
+    return SiTRun(out="runs/sit_xl")
+
+
+def sit_l() -> SiTRun:
+    """Stage 3: SiT-L."""
+    return SiTRun(out="runs/sit_l", model=SiTConfig(dim=1024, depth=24, heads=16))
+
+
+def lightningdit_xl() -> LightningDiTRun:
+    """Stage 3: LightningDiT-XL on MAETok's latents, 400 K steps of 256 images; lognormal times, direction loss."""
+    return LightningDiTRun(
+        out="runs/lightningdit_xl",
+        model=LightningDiTConfig(tokens=128, channels=32, time="maetok", qk_norm=True),
+        objective=ObjectiveConfig(times="lognormal", direction=1.0),
+        optimizer=OptimizerConfig(
+            learning_rate=2e-4, scaled=False, betas=(0.9, 0.95), weight_decay=0.0, warmup=0, schedule="constant"
+        ),
+        loop=LoopConfig(steps=400_000, batch=256, checkpoint_every=10_000),
+    )
+
+
+def laptop_generator() -> SiTRun:
+    """The laptop's stage 3: a small SiT on the latents of its stage 2 (`maetok-fast demo` runs all of them)."""
+    return SiTRun(
+        out="runs/laptop_generator",
+        tokenizer="runs/laptop_decoder",
+        model=SiTConfig(tokens=16, channels=32, dim=192, depth=6, heads=3, num_classes=10),
+        data=LatentsConfig(cache="runs/laptop_latents", flip=0.0, workers=0),
+        optimizer=OptimizerConfig(
+            learning_rate=1e-3, scaled=False, betas=(0.9, 0.95), weight_decay=0.0, warmup=100, schedule="constant"
+        ),
+        ema=EMAConfig(decay=0.998),
+        preview=PreviewConfig(guidance=2.0),
+        loop=LoopConfig(
+            steps=3_000, batch=64, log_every=50, picture_every=500, validate_every=0, checkpoint_every=500, keep=2
+        ),
+    )
+
+
+RUNS: dict[str, Callable[[], TokenizerRun | GeneratorRun]] = {
     f.__name__: f
     for f in (
         tokenizer_256,
@@ -158,17 +208,26 @@ RUNS: dict[str, Callable[[], Run]] = {
         mixed_resolution,
         laptop_tokenizer,
         laptop_decoder,
+        sit_xl,
+        sit_l,
+        lightningdit_xl,
+        laptop_generator,
         overfit,
     )
 }
-STAGES: dict[str, type[Run]] = {"tokenizer": TokenizerRun, "decoder": DecoderRun}
+STAGES: dict[str, tuple[type, ...]] = {
+    "tokenizer": (TokenizerRun,),
+    "decoder": (DecoderRun,),
+    "generator": (SiTRun, LightningDiTRun),
+}
+USUAL = {"tokenizer": "tokenizer_256", "decoder": "decoder_256", "generator": "sit_xl"}
 
 
-def read_run(stage: str, path: str | Path | None, overrides: Sequence[str] = ()) -> Run:
-    """The configuration of a stage ("tokenizer", "decoder"): a YAML file, a run's name (`RUNS`) or None for the stage's
-    defaults, with `overrides` over it. ConfigError where the file is of another stage, and as `config.read`."""
+def read_run(stage: str, path: str | Path | None, overrides: Sequence[str] = ()) -> TokenizerRun | GeneratorRun:
+    """The configuration of a stage (`STAGES`): a YAML file, a run's name (`RUNS`) or None for the stage's usual one,
+    with `overrides` over it. ConfigError where the file is of another stage, and as `config.read`."""
     tree: dict[str, Any] = {}
-    name = f"{stage}_256"
+    name = USUAL[stage]
     if path is not None and str(path) in RUNS:
         name = str(path)
     elif path is not None:
@@ -177,7 +236,7 @@ def read_run(stage: str, path: str | Path | None, overrides: Sequence[str] = ())
     if name not in RUNS:
         raise ConfigError(f"run: there is no run named {name!r}; expected one of {', '.join(RUNS)}")
     base = RUNS[name]()
-    if type(base) is not STAGES[stage]:
-        right = next(s for s, kind in STAGES.items() if kind is type(base))
+    if type(base) not in STAGES[stage]:
+        right = next(s for s, kinds in STAGES.items() if type(base) in kinds)
         raise ConfigError(f"{path}: {name} is a run of the stage {right}: maetok-fast train {right} --config {path}")
     return config.read(base, tree, overrides)

@@ -22,6 +22,7 @@ dict, an average or an optimizer. OpenAI's CLIP was trained with QuickGELU, whic
 from __future__ import annotations
 
 import difflib
+import functools
 import logging
 import os
 import sys
@@ -75,6 +76,7 @@ class Teacher:
         precision: str = AUTO,
         device: torch.device | str = "cpu",
         compile: bool = False,
+        layers: int = 0,
     ) -> None:
         """model: a timm ViT with its weights, which becomes the teacher's alone; statistics: mean and deviation of
         pixels in [0, 1], three numbers each. The rest as `create` has it."""
@@ -96,7 +98,10 @@ class Teacher:
             raise TeacherError(f"teacher {name}: {error}") from error
         log.debug("teacher %s: %s", name, report)
         self._packed = any(kind.startswith("Packed") for _, kind in report.swapped.values())
-        self._forward = torch.compile(model.forward_features) if compile else model.forward_features
+        forward = functools.partial(_sum_of_last, model, layers) if layers else model.forward_features
+        if layers:
+            self._prefix = 0  # taken off there
+        self._forward = torch.compile(forward) if compile else forward
 
     @classmethod
     def create(
@@ -110,6 +115,7 @@ class Teacher:
         device: torch.device | str = "cpu",
         statistics: str = "own",
         compile: bool = False,
+        layers: int = 0,
         seed: int = 0,
     ) -> Teacher:
         """A teacher by name, "dino", "clip", "clip_vit_l" or a timm ViT's own, with its weights.
@@ -121,7 +127,8 @@ class Teacher:
         precision: "fp32", "bf16", "int8" (weights and the products' inputs rounded to int8, on a CPU), or "auto": int8
             on a CPU that multiplies bytes, else `maetok_fast.precision`'s choice.
         statistics: "own", the pixel statistics that the network was trained with, or "public", ImageNet's for all, as
-            MAETok's public code feeds SigLIP. compile: torch.compile, on CUDA.
+            MAETok's public code feeds SigLIP. compile: torch.compile, on CUDA. layers: the features are the sum of what
+            the last so many blocks give, each through the last norm; 0: the last block's.
         TeacherError where the name, the weights or the device do not allow it; ImportError without timm.
         """
         check_positive("Teacher", image_size=image_size, patch=patch)
@@ -133,7 +140,9 @@ class Teacher:
         model = _random(name, patch, seed) if weights == "random" else _loaded(name, patch, weights)
         found = model.pretrained_cfg
         own = (found.get("mean") or IMAGENET[0], found.get("std") or IMAGENET[1])
-        teacher = cls(model, name, own if statistics == "own" else IMAGENET, precision, device, compile)
+        if not 0 <= layers <= len(getattr(model, "blocks", ())):
+            raise TeacherError(f"teacher {name}: layers must lie in 0 .. its {len(model.blocks)} blocks, got {layers}")
+        teacher = cls(model, name, own if statistics == "own" else IMAGENET, precision, device, compile, layers)
         if teacher._packed:
             teacher._keep_packed_only(image_size)
         return teacher
@@ -239,6 +248,13 @@ def chosen_precision(precision: str, device: torch.device | str, name: str = "of
     if device.type != "cpu":
         raise TeacherError(f"teacher {name}: precision int8 is for a CPU, the device is {device}; use bf16")
     return "int8", resolve(AUTO, device).dtype
+
+
+def _sum_of_last(model: Any, layers: int, images: Tensor) -> Tensor:
+    """The sum of the patch features behind each of the last blocks, normed."""
+    found = model.forward_intermediates(images, indices=layers, norm=True, output_fmt="NLC", intermediates_only=True)
+    total: Tensor = torch.stack(found).sum(0)
+    return total
 
 
 # ---- the network and its weights -----------------------------------------------------------------------------------

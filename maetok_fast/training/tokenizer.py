@@ -13,6 +13,7 @@ a step does not need yet (the discriminator before its start, LPIPS at weight ze
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,18 +22,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maetok_fast.config import ConfigError
+from maetok_fast.data.images import psnr, to_uint8
 from maetok_fast.data.loader import Batch
+from maetok_fast.layers import EMA
 from maetok_fast.models import MAETok
 from maetok_fast.models.auxiliary import AuxiliaryDecoders, CaptionDecoder
 from maetok_fast.precision import Precision
 from maetok_fast.training.adversarial import DiscriminatorTraining, adaptive_weight, last_layer_gradient
-from maetok_fast.training.configs import Run
-from maetok_fast.training.loop import Network
+from maetok_fast.training.configs import TokenizerRun
+from maetok_fast.training.loop import Measured, Network
 from maetok_fast.training.masks import Masks
 from maetok_fast.training.targets import Targets, caption_loss, caption_mask
 from maetok_fast.training.world import World
 
 __all__ = ["Reconstruction", "TokenizerStage", "TokenizerTraining"]
+
+HIGHEST_DB = 148.0  # an equal pair's part in a mean: infinity would be the mean
+Examples = Callable[[], Iterator[Tensor]]  # images (B, 3, H, W) in [-1, 1] of this rank, in one order every time
 
 
 class Reconstruction(NamedTuple):
@@ -109,17 +115,22 @@ class TokenizerStage:
     """`Stage` of `maetok_fast.training.loop` for `TokenizerRun` and `DecoderRun`.
 
     perceptual: maetok_fast.models.perceptual.LPIPS or None; targets: None where nothing but pixels is predicted.
+    examples: images for pictures, as many on every rank, of which PSNR is measured where the run has `data.validation`.
     """
+
+    product = "tokenizer"
 
     def __init__(
         self,
-        run: Run,
+        run: TokenizerRun,
         tokenizer: MAETok,
         precision: Precision,
         targets: Targets | None = None,
         perceptual: nn.Module | None = None,
         discriminator: nn.Module | None = None,
+        examples: Examples | None = None,
     ) -> None:
+        self.examples = examples
         self.run, self.precision, self.targets = run, precision, targets
         self.perceptual: Any = perceptual
         self.averaged = tokenizer
@@ -149,7 +160,7 @@ class TokenizerStage:
                 raise ConfigError("mask.semantic needs a teacher: add dino to auxiliary.targets")
             self.saliency = teachers[0]
 
-    def begin(self, world: World) -> None:
+    def begin(self, world: World, ema: EMA) -> None:
         self.world = world
         self.masks = Masks(self.run.mask, self.run.loop.seed, world.device)
         if self.perceptual is not None:
@@ -245,7 +256,23 @@ class TokenizerStage:
 
     # ---- pictures and files ----
 
-    def reconstruct(self, images: Tensor) -> Tensor:
+    def picture(self) -> dict[str, Tensor]:
+        for images in () if self.examples is None else self.examples():
+            images = images.to(self.world.device)
+            return {"originals": images, "reconstructions": self._reconstruct(images)}
+        return {}
+
+    def validate(self) -> Measured | None:
+        """PSNR of the averaged model on the validation images, 8-bit pixels."""
+        if self.examples is None or not self.run.data.validation:
+            return None
+        scores: list[float] = []
+        for images in self.examples():
+            results = to_uint8(self._reconstruct(images.to(self.world.device)))
+            scores += [min(psnr(*pair), HIGHEST_DB) for pair in zip(to_uint8(images), results)]
+        return Measured("psnr", sum(scores), len(scores))
+
+    def _reconstruct(self, images: Tensor) -> Tensor:
         with self.precision.autocast(self.world.device.type):
             result: Tensor = self.model(images).images
         return result.float()

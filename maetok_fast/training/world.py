@@ -39,7 +39,7 @@ class World:
     processes each takes the GPU of its local rank. RuntimeError where the processes did not find each other."""
 
     def __init__(self, device: str = "", parallel: str = "ddp") -> None:
-        from accelerate import Accelerator
+        from accelerate import Accelerator, DistributedDataParallelKwargs
         from accelerate.state import AcceleratorState
 
         kind = torch.device(device).type if device else ("cuda" if torch.cuda.is_available() else "cpu")
@@ -49,7 +49,9 @@ class World:
             os.environ["OMP_NUM_THREADS"] = str(share)
             torch.set_num_threads(share)
         AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run of this process may have had others
-        self.accelerator = Accelerator(mixed_precision="no", cpu=kind == "cpu")
+        # gradients are views of the buckets that are sent: no second copy of them
+        buckets = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+        self.accelerator = Accelerator(mixed_precision="no", cpu=kind == "cpu", kwargs_handlers=[buckets])
         self.rank, self.size = self.accelerator.process_index, self.accelerator.num_processes
         self.main, self.parallel = self.rank == 0, parallel
         self.device: torch.device = self.accelerator.device if self.size > 1 or not device else torch.device(device)
