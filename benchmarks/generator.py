@@ -64,7 +64,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.precision == "fp16":
         parser.error("--precision auto: this device computes fp16 at full rate and not bf16; give bf16 or fp32")
     if args.model == "tiny":
-        shape = (2, 32, 2)
+        shape = (3, 32, 2)
     else:
         shape = SIZES[args.model]
     args.shape = (args.depth or shape[0], *shape[1:])

@@ -347,18 +347,19 @@ class Loop:
     def _write(self, folder: Path) -> None:
         networks: dict[str, Tensor] = {}
         moments: dict[str, Tensor] = {}
+        main = self.world.main
         for network in self.stage.networks:
-            networks |= whole({f"{network.name}.{k}": v for k, v in module_state(network.module).items()})
-            moments |= whole({f"{network.name}.{k}": v for k, v in network.optimizer.state().items()})
+            networks |= whole({f"{network.name}.{k}": v for k, v in module_state(network.module).items()}, main)
+            moments |= whole({f"{network.name}.{k}": v for k, v in network.optimizer.state().items()}, main)
         # the averaged module is a part of the first network, whose tensors are at hand
         first = self.stage.networks[0]
         inside = next(name for name, part in first.module.named_modules() if part is self.stage.averaged)
         average = _under(networks, f"{first.name}.{inside}" if inside else first.name)
-        average |= {name: value.to(average[name].dtype) for name, value in whole(self.ema.average).items()}
+        average |= {name: value.to(average[name].dtype) for name, value in whole(self.ema.average, main).items()}
         rank = f"rank_{self.world.rank:05d}"
         save_tensors(folder / f"{rank}.safetensors", random_state(self.world.device))
         write_json(folder / f"{rank}.json", {"unreadable": self.batches.unreadable})
-        if not self.world.main:
+        if not main:
             return
         save_tensors(folder / "networks.safetensors", networks)
         save_tensors(folder / "optimizer.safetensors", moments)

@@ -12,13 +12,15 @@ from torch import Tensor, nn
 __all__ = ["like", "load_module", "module_state", "random_state", "restore_random_state", "whole"]
 
 
-def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Each tensor whole, contiguous and on the CPU; sharded ones are gathered, which all ranks have to ask for."""
+def whole(tensors: Mapping[str, Tensor], kept: bool = True) -> dict[str, Tensor]:
+    """Each tensor whole, contiguous and on the CPU; sharded ones are gathered, which all ranks have to ask for. {} on
+    a rank that keeps none (`kept` False): one tensor at a time is there then, not the host's memory full of them."""
     found = {}
     for name, value in tensors.items():
         value = value.detach()
         value = value.full_tensor() if hasattr(value, "full_tensor") else value
-        found[name] = value.to("cpu", copy=True).contiguous()
+        if kept:
+            found[name] = value.to("cpu", copy=True).contiguous()
     return found
 
 
