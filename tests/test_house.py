@@ -38,6 +38,7 @@ FLOORS = {
         ("models",),
         ("data", "diffusion", "inference"),
         ("_accelerate", "bench", "doctor", "evaluation", "pipeline", "training"),
+        ("demos",),
         ("cli",),
     ),
     "maetok_fast.kernels": (

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import bench, convert, demo_weights, doctor, images, sample, train
+from . import bench, cache_latents, convert, demo, demo_weights, doctor, images, sample, scale, train
 
 __all__ = ["app", "main"]
 
@@ -19,8 +19,11 @@ app.command("doctor")(doctor.doctor)
 app.command("sample")(sample.sample)
 for _command in (images.reconstruct, images.encode, images.decode):
     app.command(_command.__name__)(_command)
+app.command("cache-latents")(cache_latents.cache_latents)
 app.command("convert")(convert.convert)
 app.command("demo-weights")(demo_weights.demo_weights)
+app.command("demo")(demo.demo)
+app.command("scale")(scale.scale)
 app.add_typer(train.app, name="train")
 app.add_typer(bench.app, name="bench")
 
