@@ -1,17 +1,17 @@
 # Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 """A training step of SiT on 128 latents: ours, ours with routing, and the public code's (baselines/generator.py).
 
-    python benchmarks/generator.py --batch 4 --rounds 3        SiT-XL/1, random weights and latents
-    python benchmarks/generator.py --model b --batch 8         a smaller one
+    python benchmarks/generator.py --batch 4                   SiT-XL/1, a third of its depth, random weights and latents
+    python benchmarks/generator.py --depth 28 --apart          all of it, one side after the other
     python benchmarks/generator.py --sides ours public         without routing
 
-Optimizer (with the clipping of gradients) and average are in the step. Two SiT-XL with their moments and averages do
-not fit into one process of 24 GB, so that each side is a process of its own, started anew each round, in turn: ratios
-are of each round's. A side's seconds are the median of its `--steps` steps after the first; its memory is what it holds
-beyond its imports: what is built (weights, average), and on top at the peak of its steps (gradients, moments,
-activations). Every process also times large products of the step's precision among its steps: the ceiling, by which the
-table says what share of a step its products would take at that rate. `routed`: half of the tokens skip the middle two
-thirds of the blocks.
+Optimizer (with the clipping of gradients) and average are in the step. Each side is a process of its own; they make
+their steps in turn, round by round, and ratios are of each round's. Two whole SiT-XL with their moments and averages do
+not fit into 24 GB: by default it has 9 of its 28 blocks, all of one kind. `--apart` measures one side after the other
+instead, and its ratios are of medians. A side's memory is what it holds beyond its imports: what is built (weights,
+average), and on top at the peak of its steps (gradients, moments, activations). Every process also times large products
+of the step's precision, one after each step: the ceiling, by which the table says what share of a step its products
+would take at that rate. `routed`: half of the tokens skip the middle two thirds of the blocks.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from maetok_fast.bench.timing import PeakMemory, Spread, held_bytes
 
 SIDES = ("ours", "routed", "public")
 PARTS = ("forward", "backward", "optimizer", "EMA")
+PAIRS = (("ours", "public"), ("routed", "ours"), ("routed", "public"))
 SHARE = 0.5
 GEMM = 2048
 
@@ -49,15 +51,15 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = _cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", choices=[*SIZES, "tiny"], default="xl", help="SiT's size (default xl)")
-    add("--depth", type=_cli.count, help="so many blocks instead")
+    add("--depth", type=_cli.count, help="blocks (default: all; of xl 9)")
     add("--tokens", type=_cli.count, default=128)
     add("--batch", type=_cli.count, default=4, help="latents a step (default 4)")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="default: the fastest at full rate here")
-    add("--rounds", type=_cli.count, default=3, help="processes of each side (default 3)")
-    add("--steps", type=_cli.count, default=2, help="timed steps of each process (default 2)")
+    add("--rounds", type=_cli.count, default=5, help="timed steps of each side (default 5)")
+    add("--apart", action="store_true", help="one side after the other")
     add("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     add("--device", default="cpu", help="cpu (default) or cuda")
-    add("--one", choices=SIDES, help="this side, in this process; prints JSON")
+    add("--one", choices=SIDES, help="this side, in this process, a step for every line of its input; prints JSON")
     add("--json", type=Path)
     args = parser.parse_args(argv)
     args.precision = _cli.dtype(args.precision, _cli.device(parser, args.device))
@@ -67,7 +69,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         shape = (3, 32, 2)
     else:
         shape = SIZES[args.model]
-    args.shape = (args.depth or shape[0], *shape[1:])
+    args.depth = args.depth or (9 if args.model == "xl" else shape[0])
+    args.shape = (args.depth, *shape[1:])
     _cli.output(parser, "--json", args.json)
     return args
 
@@ -124,8 +127,9 @@ def make(side: str, args: argparse.Namespace, device: torch.device) -> Any:
     return OurStep(args, device, SHARE if side == "routed" else 0.0)
 
 
-def measure_one(side: str, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """{"seconds": of each timed step, "parts": medians, "built", "steps": bytes, "gemm_tflops"}."""
+def serve(side: str, args: argparse.Namespace, device: torch.device) -> None:
+    """A line of JSON when the side is warm, one for each step asked for by a line of the input, {"seconds", "parts",
+    "gemm_tflops"}, and one at its end, {"built", "steps"}: bytes."""
     import accelerate  # noqa: F401  # the libraries' own memory is no step's
 
     import maetok_fast.training.build_generator  # noqa: F401
@@ -138,42 +142,80 @@ def measure_one(side: str, args: argparse.Namespace, device: torch.device) -> di
     before = held_bytes(device)
     step = make(side, args, device)
     built = held_bytes(device)
-    seconds, rates, rows = [], [], []
     with PeakMemory(device) as peak:
-        for i in range(args.steps + 1):
-            synchronize(device)
-            start = time.perf_counter()
+        for _ in range(2):  # moments are made in the first
             step(z, y)
-            synchronize(device)
-            taken = time.perf_counter() - start
-            start = time.perf_counter()
-            product()
-            synchronize(device)
-            if i:
-                seconds.append(taken)
-                rates.append(flops / (time.perf_counter() - start) / 1e12)
-                rows.append(step.timings)
+        print(json.dumps({"ready": side}), flush=True)
+        for _ in sys.stdin:
+            taken = _timed(lambda: step(z, y), device)
+            rate = flops / _timed(product, device) / 1e12
+            print(json.dumps({"seconds": taken, "parts": step.timings, "gemm_tflops": rate}), flush=True)
     held = None if before is None or built is None else built - before
-    parts = {part: statistics.median(row.get(part, 0.0) for row in rows) for part in PARTS}
-    rate = statistics.median(rates)
-    return {"seconds": seconds, "parts": parts, "built": held, "steps": peak.extra_bytes, "gemm_tflops": rate}
+    print(json.dumps({"built": held, "steps": peak.extra_bytes}), flush=True)
+
+
+def _timed(work: Callable[[], Any], device: torch.device) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - start
 
 
 # ---- all of them ---------------------------------------------------------------------------------------------------
 
 
-def measure(side: str, args: argparse.Namespace) -> dict[str, Any]:
-    """`measure_one` in a process of its own. RuntimeError with its last line where that failed."""
-    command = [sys.executable, __file__, "--one", side]
-    for option in ("model", "tokens", "batch", "precision", "steps", "device"):
-        command += [f"--{option}", str(getattr(args, option))]
-    if args.depth:
-        command += ["--depth", str(args.depth)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"]
-        raise RuntimeError(f"{side}: {lines[-1]}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+class Side:
+    """A process that makes a side's steps when it is told to. RuntimeError with its last line where it fails."""
+
+    def __init__(self, side: str, args: argparse.Namespace) -> None:
+        self.side, self.rows = side, []
+        command = [sys.executable, __file__, "--one", side]
+        for option in ("model", "depth", "tokens", "batch", "precision", "device"):
+            command += [f"--{option}", str(getattr(args, option))]
+        pipe = subprocess.PIPE
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # lives as long as the process
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.errors, text=True)
+        self._read()
+
+    def step(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        self.rows.append(self._read())
+
+    def end(self) -> dict[str, Any]:
+        """All of it: "seconds" and "parts" of each step, "gemm_tflops", "built", "steps"."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        memory = self._read()
+        self.process.wait()
+        parts = [{part: row["parts"].get(part, 0.0) for part in PARTS} for row in self.rows]
+        found = {key: [row[key] for row in self.rows] for key in ("seconds", "gemm_tflops")}
+        return found | {"parts": parts} | memory
+
+    def _read(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                found: dict[str, Any] = json.loads(line)
+                return found
+        self.process.wait()
+        self.errors.seek(0)
+        lines = self.errors.read().strip().splitlines() or [f"it ended with status {self.process.returncode}"]
+        raise RuntimeError(f"{self.side}: {lines[-1]}")
+
+
+def measure(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """`Side.end` of every side."""
+    sides = [side for side in SIDES if side in args.sides]
+    found = {}
+    for together in [[side] for side in sides] if args.apart else [sides]:
+        running = [Side(side, args) for side in together]
+        for _ in range(args.rounds):
+            for one in running:
+                one.step()
+        found |= {one.side: one.end() for one in running}
     return found
 
 
@@ -194,41 +236,38 @@ def gemm_flops(args: argparse.Namespace, side: str) -> float:
     return module_flops(model, lambda twin: twin.forward_training(x, t, y, route=route).velocity)
 
 
-def against(rows: dict[str, list[dict[str, Any]]], side: str, other: str) -> Spread:
-    """Seconds of `other` over those of `side`, round by round."""
-    pairs = zip(rows[side], rows[other], strict=True)
-    return Spread.of([statistics.median(b["seconds"]) / statistics.median(a["seconds"]) for a, b in pairs])
+def against(args: argparse.Namespace, rows: dict[str, dict[str, Any]], side: str, other: str) -> Spread:
+    """Seconds of `other` over those of `side`: of each round's pair, or of medians where they did not run in turn."""
+    mine, others = rows[side]["seconds"], rows[other]["seconds"]
+    if args.apart:
+        return Spread.of([statistics.median(others) / statistics.median(mine)])
+    return Spread.of([b / a for a, b in zip(mine, others, strict=True)])
 
 
-def table(args: argparse.Namespace, rows: dict[str, list[dict[str, Any]]], flops: dict[str, float]) -> list[str]:
+def table(args: argparse.Namespace, rows: dict[str, dict[str, Any]], flops: dict[str, float]) -> list[str]:
     sides = list(rows)
     lines = ["  " + " " * 34 + "".join(f"{side:>10s}" for side in sides)]
 
     def row(name: str, values: Sequence[float | None], digits: int) -> None:
         lines.append(f"  {name:34s}" + "".join(f"{'-':>10s}" if v is None else f"{v:10.{digits}f}" for v in values))
 
-    def median(side: str, key: str, part: str | None = None) -> float | None:
-        found = [r[key] if part is None else r[key][part] for r in rows[side]]
-        found = [statistics.median(v) if isinstance(v, list) else v for v in found]
-        return None if None in found else statistics.median(found)
-
-    seconds = {side: median(side, "seconds") or 0.0 for side in sides}
+    seconds = {side: statistics.median(rows[side]["seconds"]) for side in sides}
+    rates = {side: statistics.median(rows[side]["gemm_tflops"]) for side in sides}
     row("step, seconds", [seconds[s] for s in sides], 3)
     row("latents/s", [args.batch / seconds[s] for s in sides], 2)
     for part in PARTS:
-        row(f"  {part}, seconds", [median(s, "parts", part) for s in sides], 3)
+        row(f"  {part}, seconds", [statistics.median(p[part] for p in rows[s]["parts"]) for s in sides], 3)
     row("products, TFLOP", [flops[s] / 1e12 for s in sides], 2)
-    row(f"{GEMM}^3 products, TFLOP/s", [median(s, "gemm_tflops") for s in sides], 3)
-    shares = [100 * flops[s] / 1e12 / (median(s, "gemm_tflops") or 1.0) / seconds[s] for s in sides]
-    row("share of products at that rate, %", shares, 1)
-    row("memory, built, GB", [_gb(median(s, "built")) for s in sides], 2)
-    row("memory, steps on top, GB", [_gb(median(s, "steps")) for s in sides], 2)
-    peaks = {s: _sum(median(s, "built"), median(s, "steps")) for s in sides}
+    row(f"{GEMM}^3 products, TFLOP/s", [rates[s] for s in sides], 3)
+    row("share of products at that rate, %", [100 * flops[s] / 1e12 / rates[s] / seconds[s] for s in sides], 1)
+    row("memory, built, GB", [_gb(rows[s]["built"]) for s in sides], 2)
+    row("memory, steps on top, GB", [_gb(rows[s]["steps"]) for s in sides], 2)
+    peaks = {s: _sum(rows[s]["built"], rows[s]["steps"]) for s in sides}
     row("memory, peak, GB", [_gb(peaks[s]) for s in sides], 2)
-    for side, other in (("ours", "public"), ("routed", "ours"), ("routed", "public")):
+    for side, other in PAIRS:
         if side in rows and other in rows:
-            found, a, b = against(rows, side, other), peaks[side], peaks[other]
-            text = f"{found.median:.2f} x ({found.low:.2f} .. {found.high:.2f}, {found.samples} rounds)"
+            found, a, b = against(args, rows, side, other), peaks[side], peaks[other]
+            text = f"{found.median:.2f} x ({found.low:.2f} .. {found.high:.2f})"
             more = "" if a is None or b is None else f", memory {a / b:.2f} x"
             lines.append(f"  {side} against {other}: {text}{more}")
     return lines
@@ -246,26 +285,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     device = torch.device(args.device)
     if args.one:
-        print(json.dumps(measure_one(args.one, args, device)))
+        serve(args.one, args, device)
         return
     machine = describe(device)
     depth, dim, heads = args.shape
     print(f"{headline(machine)}; {args.precision}")
-    print(f"SiT of {depth} blocks, width {dim}, {heads} heads; {args.tokens} latents, batch {args.batch}", flush=True)
-    rows: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES if side in args.sides}
-    for _ in range(args.rounds):
-        for side, found in rows.items():
-            found.append(measure(side, args))
+    how = "one side after the other" if args.apart else "in turn"
+    print(
+        f"SiT of {depth} blocks, width {dim}, {heads} heads; {args.tokens} latents, batch {args.batch}; "
+        f"{args.rounds} steps of each side, {how}", flush=True,
+    )  # fmt: skip
+    rows = measure(args)
     flops = {side: gemm_flops(args, side) for side in rows}
     print("\n".join(table(args, rows, flops)))
     if args.json:
-        pairs = {
-            f"{a}/{b}": asdict(against(rows, a, b))
-            for a, b in (("ours", "public"), ("routed", "ours"))
-            if a in rows and b in rows
-        }
+        ratios = {f"{a}/{b}": asdict(against(args, rows, a, b)) for a, b in PAIRS if a in rows and b in rows}
         document = {"benchmark": "generator", "machine": machine, "arguments": vars(args), "rows": rows}
-        args.json.write_text(json.dumps(document | {"ratios": pairs, "flops": flops}, indent=1, default=str))
+        args.json.write_text(json.dumps(document | {"ratios": ratios, "flops": flops}, indent=1, default=str))
 
 
 if __name__ == "__main__":

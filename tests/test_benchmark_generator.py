@@ -75,24 +75,30 @@ def test_our_step_is_timed_by_parts_and_routing_multiplies_less():
 
 
 def test_ratios_are_of_rounds_and_the_table_names_them():
-    def row(seconds: float, built: int | None = 10**9):
-        parts = dict.fromkeys(generator.PARTS, 0.25)
-        return {"seconds": [seconds], "parts": parts, "built": built, "steps": 10**9, "gemm_tflops": 0.5}
+    def rows(*seconds: float, built: int | None = 10**9):
+        parts = [dict.fromkeys(generator.PARTS, 0.25) for _ in seconds]
+        return {
+            "seconds": list(seconds), "parts": parts, "built": built, "steps": 10**9,
+            "gemm_tflops": [0.5 for _ in seconds],
+        }  # fmt: skip
 
-    rows = {"ours": [row(1.0), row(2.0)], "public": [row(3.0, None), row(4.0, None)]}
-    assert generator.against(rows, "ours", "public").median == 2.5
-    text = "\n".join(generator.table(arguments(), rows, {"ours": 5e11, "public": 5e11}))
-    assert "ours against public: 2.50 x (2.25 .. 2.75, 2 rounds)" in text
+    found = {"ours": rows(1.0, 2.0), "public": rows(3.0, 4.0, built=None)}
+    assert generator.against(arguments(), found, "ours", "public").median == 2.5
+    assert generator.against(arguments("--apart"), found, "ours", "public").median == 3.5 / 1.5
+    text = "\n".join(generator.table(arguments(), found, {"ours": 5e11, "public": 5e11}))
+    assert "ours against public: 2.50 x (2.25 .. 2.75)" in text
     assert [line.split()[-2:] for line in text.splitlines() if "peak" in line] == [["2.00", "-"]]
     assert [line.split()[-2:] for line in text.splitlines() if "share of products" in line] == [["66.7", "28.6"]]
 
 
-def test_a_side_in_a_process_of_its_own(capsys, tmp_path: Path):
-    generator.main([*TINY, "--rounds", "1", "--steps", "1", "--sides", "ours", "--json", str(tmp_path / "a.json")])
-    assert "latents/s" in capsys.readouterr().out
+def test_sides_step_in_processes_of_their_own_in_turn(capsys, tmp_path: Path):
+    generator.main([*TINY, "--rounds", "2", "--sides", "ours", "public", "--json", str(tmp_path / "a.json")])
+    assert "ours against public" in capsys.readouterr().out
     found = json.loads((tmp_path / "a.json").read_text())
-    assert len(found["rows"]["ours"][0]["seconds"]) == 1
+    assert all(len(found["rows"][side]["seconds"]) == 2 for side in ("ours", "public"))
+    assert found["ratios"]["ours/public"]["samples"] == 2
+    assert found["rows"]["public"]["built"] > 0
     args = arguments()
     args.model = "huge"
-    with pytest.raises(RuntimeError, match="ours: .*huge"):
-        generator.measure("ours", args)
+    with pytest.raises(RuntimeError, match=r"ours: .*huge"):
+        generator.Side("ours", args)
