@@ -1,7 +1,7 @@
 # Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 """A training step of SiT on 128 latents: ours, ours with routing, and the public code's (baselines/generator.py).
 
-    python benchmarks/generator.py --batch 4                   SiT-XL/1, a third of its depth, random weights and latents
+    python benchmarks/generator.py --batch 4                   SiT-XL/1, a third of its blocks, random weights, latents
     python benchmarks/generator.py --depth 28 --apart          all of it, one side after the other
     python benchmarks/generator.py --sides ours public         without routing
 
