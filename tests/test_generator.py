@@ -177,7 +177,7 @@ class FakeTeacher:
         return images.float().flatten(1)[:, : 2 * TOKENS * 5].reshape(len(images), 2 * TOKENS, 5) / 100 - 1
 
 
-@pytest.mark.parametrize("depth", [1, 2, 4])
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
 def test_alignment_is_the_cosine_of_the_tapped_tokens(depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before, within and behind the route; 12 features for 6 tokens."""
 
@@ -195,15 +195,12 @@ def test_alignment_is_the_cosine_of_the_tapped_tokens(depth: int, monkeypatch: p
     stage.backward(paired, 4, 0, 1)
     found = gradients(stage.model)
     stage.model.zero_grad()
-    hidden: list[Tensor] = []
-    handle = stage.averaged.blocks[depth - 1].register_forward_hook(lambda m, a, out: hidden.append(out))
 
     first, last = stage.run.routing.blocks(4)
     assert (first, last) == (1, 3)
     route = Route(first, last, given.kept, given.mask)
-    v = stage.averaged.forward_training(given.x, given.t, given.y, route=route).velocity
-    handle.remove()
-    projected, features = stage.model.projector(hidden[0]), FakeTeacher()(images)
+    out = stage.averaged.forward_training(given.x, given.t, given.y, route=route, taps=(depth,))
+    v, projected, features = out.velocity, stage.model.projector(out.hidden[0]), FakeTeacher()(images)
     cosines = []
     for b in range(5):
         for k in range(projected.shape[1]):

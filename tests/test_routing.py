@@ -110,11 +110,15 @@ def test_taps_are_the_tokens_behind_blocks() -> None:
     x, t, y = inputs(model)
     hidden: list[Tensor] = []
     handles = [model.blocks[i].register_forward_hook(lambda m, a, out: hidden.append(out)) for i in (0, 2)]
-    out = model.forward_training(x, t, y, taps=(1, 3), route=route(3, 9, 1, 3))
+    way = route(3, 9, 1, 3)
+    out = model.forward_training(x, t, y, taps=(1, 2, 3), route=way)
     for handle in handles:
         handle.remove()
-    assert [h.shape[1] for h in out.hidden] == [16, 9]
-    assert all(torch.equal(a, b) for a, b in zip(out.hidden, hidden))
+    assert [h.shape[1] for h in out.hidden] == [16, 9, 16]
+    assert torch.equal(out.hidden[0], hidden[0])
+    # behind the route's last block all tokens are there: those that skipped it as they were before it
+    assert torch.equal(out.hidden[2][way.mask].view(3, 7, -1), out.hidden[0][way.mask].view(3, 7, -1))
+    assert torch.equal(out.hidden[2].gather(1, way.kept[..., None].expand(-1, -1, 32)), hidden[1])
     assert torch.equal(out.velocity, model.forward_training(x, t, y, route=route(3, 9, 1, 3)).velocity)
 
 

@@ -88,7 +88,7 @@ class Route(NamedTuple):
 
 class Inside(NamedTuple):
     """What a forward in training gives: the velocity, the early exit's (None where there is none), and `hidden`: the
-    tokens behind each block asked for, (B, N, D), or (B, K, D) inside a route."""
+    tokens behind each block asked for, (B, N, D), or (B, K, D) within a route (behind its last block all are there)."""
 
     velocity: Tensor
     early: Tensor | None
@@ -311,11 +311,11 @@ class DiffusionTransformer(Pretrained):
                 skipped, tokens = tokens, gather_tokens(tokens, route.kept)
                 index = None if rope is None else route.kept
             tokens = block(tokens, None if modulations is None else modulations.blocks[i], rope, activated, index)
-            if i + 1 in taps:
-                hidden.append(tokens)
             if route is not None and i + 1 == route.last:
                 assert skipped is not None
                 tokens, skipped, index = _joined(tokens, skipped, route), None, None
+            if i + 1 in taps:
+                hidden.append(tokens)
             if exits and early is not None and i + 1 == config.exit_depth:
                 whole = tokens if skipped is None or route is None else _joined(tokens, skipped, route)
                 left = self._leave(early(whole, None if modulations is None else modulations.exit, activated), x, t)
