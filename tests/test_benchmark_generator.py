@@ -92,12 +92,12 @@ def test_ratios_are_of_rounds_and_the_table_names_them():
 
 
 def test_sides_step_in_processes_of_their_own_in_turn(capsys, tmp_path: Path):
-    generator.main([*TINY, "--rounds", "2", "--sides", "ours", "public", "--json", str(tmp_path / "a.json")])
-    assert "ours against public" in capsys.readouterr().out
+    generator.main([*TINY, "--rounds", "2", "--sides", "ours", "routed", "--json", str(tmp_path / "a.json")])
+    assert "routed against ours" in capsys.readouterr().out
     found = json.loads((tmp_path / "a.json").read_text())
-    assert all(len(found["rows"][side]["seconds"]) == 2 for side in ("ours", "public"))
-    assert found["ratios"]["ours/public"]["samples"] == 2
-    assert found["rows"]["public"]["built"] > 0
+    assert all(len(found["rows"][side]["seconds"]) == 2 for side in ("ours", "routed"))
+    assert found["ratios"]["routed/ours"]["samples"] == 2
+    assert found["rows"]["ours"]["built"] > 0
     args = arguments()
     args.model = "huge"
     with pytest.raises(RuntimeError, match=r"ours: .*huge"):
