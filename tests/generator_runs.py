@@ -1,8 +1,14 @@
 # Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
-"""Small caches, tokenizers and generator runs for the tests."""
+"""Small caches, tokenizers and generator runs for the tests.
+
+    python tests/generator_runs.py ranks FOLDER CACHE     two processes, whole and sharded
+
+The last one forks, and so is a process of its own, as the runs of training_runs.py.
+"""
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,3 +75,19 @@ def small_tokenizer(folder: Path) -> Path:
 
 def of_images(run: GeneratorRun, images: Path, tokenizer: Path, **data: Any) -> GeneratorRun:
     return replace(run, tokenizer=str(tokenizer), data=replace(run.data, cache="", path=str(images), **data))
+
+
+def ranks(folder: Path, cache: Path) -> None:
+    """Runs of two processes: `two` under DDP, `sharded` under FSDP2."""
+    from training_runs import bare, fork_ranks, wait
+
+    from maetok_fast.training import build_generator
+
+    bare()
+    build_generator._flops = lambda *a: 0.0
+    for name, parallel in (("two", "ddp"), ("sharded", "fsdp")):
+        assert wait(fork_ranks(small_generator(folder / name, cache, parallel=parallel), 2)) == [0, 0]
+
+
+if __name__ == "__main__":
+    ranks(Path(sys.argv[2]), Path(sys.argv[3]))
