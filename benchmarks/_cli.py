@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -78,3 +81,17 @@ def said(parser: argparse.ArgumentParser, what: str, make: Callable[[], Any], *e
     except errors as error:
         text = " ".join(str(error).split()) or type(error).__name__
         parser.error(f"{what}: {text}")
+
+
+def elsewhere(script: str, flag: str, side: str, args: argparse.Namespace, options: Sequence[str]) -> dict[str, Any]:
+    """What `script FLAG SIDE` with these options of args prints as the JSON of its last line, in a process of its own;
+    {"side", "error"} where that failed."""
+    command = [sys.executable, script, flag, side]
+    for option in options:
+        command += [f"--{option.replace('_', '-')}", str(getattr(args, option))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"]
+        return {"side": side, "error": lines[-1]}
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found

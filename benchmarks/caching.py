@@ -21,7 +21,6 @@ import argparse
 import json
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -190,15 +189,8 @@ def memory_of(side: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def measure_memory(side: str, args: argparse.Namespace) -> dict[str, Any]:
     """`memory_of` in a process of its own; {"side", "error"} where that failed."""
-    command = [sys.executable, __file__, "--memory", side]
-    for option in ("images", "batch", "size", "workers", "precision", "scale", "device"):
-        command += [f"--{option}", str(getattr(args, option))]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"]
-        return {"side": side, "error": lines[-1]}
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    options = ("images", "batch", "size", "workers", "precision", "scale", "device")
+    return _cli.elsewhere(__file__, "--memory", side, args, options)
 
 
 def pictures(place: Path, args: argparse.Namespace) -> Path:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -192,15 +191,8 @@ def memory_of(side: str, args: argparse.Namespace, device: torch.device) -> dict
 
 def measure_memory(side: str, args: argparse.Namespace) -> dict[str, Any]:
     """`memory_of` in a process of its own; {"side", "error"} where that failed."""
-    command = [sys.executable, __file__, "--memory", side]
-    for option in ("batch", "size", "precision", "teachers", "step_number", "scale", "device"):
-        command += [f"--{option.replace('_', '-')}", str(getattr(args, option))]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"]
-        return {"side": side, "error": lines[-1]}
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    options = ("batch", "size", "precision", "teachers", "step_number", "scale", "device")
+    return _cli.elsewhere(__file__, "--memory", side, args, options)
 
 
 def measure_time(sides: Sequence[str], args: argparse.Namespace, device: torch.device) -> dict[str, Any]:

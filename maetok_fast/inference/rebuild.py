@@ -27,8 +27,7 @@ from torch.nn import functional as F
 from maetok_fast.inference.packing import PACK_WIDTH, Target, packed, scaled
 from maetok_fast.kernels.packed_linear import Normed, PackedLinear
 from maetok_fast.layers import GatedResidual, LayerNorm, Mlp, Modulation, Residual, RMSNorm, SwiGLU, TimestepEmbedder
-from maetok_fast.models.lightningdit import LightningDiTBlock
-from maetok_fast.models.sit import DiffusionTransformer, SiTBlock
+from maetok_fast.models.sit import AdaLNBlock, DiffusionTransformer
 from maetok_fast.models.tokenizer import Decoder, Encoder
 from maetok_fast.models.vit import Block
 
@@ -176,7 +175,7 @@ class _SplitModulation(nn.Module):
         return tuple(linear(x) for linear in self.linears[:wanted])
 
 
-def _block(block: Block | SiTBlock | LightningDiTBlock, target: Target) -> Any:
+def _block(block: Block | AdaLNBlock, target: Target) -> Any:
     """proj and fc2 (w3) move into the leaves that join their branches, and the norms into the products behind them."""
     last = block.mlp.w3 if isinstance(block.mlp, SwiGLU) else block.mlp.fc2
 
@@ -215,8 +214,7 @@ _RULES: dict[type, _Rule] = {
     nn.Linear: _linear,
     TimestepEmbedder: _timesteps,
     Block: _block,
-    SiTBlock: _block,
-    LightningDiTBlock: _block,
+    AdaLNBlock: _block,
     Encoder: _with_constant_rope,
     Decoder: _with_constant_rope,
     DiffusionTransformer: _with_constant_rope,

@@ -203,6 +203,11 @@ class SiTConfig:
                     f"{name}: exit_depth {self.exit_depth} must be within 1 .. depth - 1 = {self.depth - 1}"
                 )
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one latent: (L, C), or (C, height, width) on a grid."""
+        return (self.tokens, self.channels) if isinstance(self.tokens, int) else (self.channels, *self.tokens)
+
 
 @dataclass(frozen=True)
 class LightningDiTConfig(SiTConfig):

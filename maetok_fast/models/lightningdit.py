@@ -28,11 +28,10 @@ from maetok_fast.layers import (
     Modulation,
     RMSNorm,
     SwiGLU,
-    again,
 )
 from maetok_fast.models.checkpoints.generators import LIGHTNINGDIT
 from maetok_fast.models.configs import LightningDiTConfig
-from maetok_fast.models.sit import DiffusionTransformer
+from maetok_fast.models.sit import AdaLNBlock, DiffusionTransformer
 from maetok_fast.positions import axial_frequencies, grid_positions
 
 __all__ = ["LightningDiT"]
@@ -42,11 +41,8 @@ def _norm(config: LightningDiTConfig) -> LayerNorm | RMSNorm:
     return RMSNorm(config.dim) if config.rmsnorm else LayerNorm(config.dim, affine=False)
 
 
-class LightningDiTBlock(nn.Module):
-    """modulation (B, 6D) as SiT's, or (B, 4D) = [scale_msa, gate_msa, scale_mlp, gate_mlp] without shifts.
-    `recompute`: as `SiTBlock`'s."""
-
-    recompute = False
+class LightningDiTBlock(AdaLNBlock):
+    """RMSNorm, SwiGLU, q/k norm and the shifts, each as the configuration has it."""
 
     def __init__(self, config: LightningDiTConfig) -> None:
         super().__init__()
@@ -60,32 +56,6 @@ class LightningDiTBlock(nn.Module):
         self.mlp = SwiGLU(config.dim, int(2 / 3 * hidden)) if config.swiglu else Mlp(config.dim, hidden, "tanh")
         self.residual = GatedResidual()
         self.adaLN_modulation = Modulation(config.dim, (6 if config.shift else 4) * config.dim)
-
-    def forward(
-        self,
-        x: Tensor,
-        modulation: Tensor | None,
-        rope: Tensor | None = None,
-        activated: Tensor | None = None,
-        index: Tensor | None = None,
-    ) -> Tensor:
-        """As `SiTBlock`'s."""
-        if modulation is None:
-            modulation = self.adaLN_modulation.linear(activated)
-        if self.shift:
-            shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
-        else:
-            scale_msa, gate_msa, scale_mlp, gate_mlp = modulation.chunk(4, dim=-1)
-            shift_msa, shift_mlp = None, None
-        y = self.norm1(x, shift_msa, scale_msa)
-        with again(y, self.norm1, x, shift_msa, scale_msa, wanted=self.recompute):
-            branch = self.attn(y, rope, index=index)
-        joined = x, branch, gate_msa, shift_mlp, scale_mlp
-        x, y = self.norm2.after(*joined)
-        # of the sum before, not after it: then that is not kept either
-        with again(y, lambda *given: self.norm2.after(*given)[1], *joined, wanted=self.recompute):
-            branch = self.mlp(y)
-        return self.residual(x, branch, gate_mlp)
 
 
 class RopeBuffers(nn.Module):

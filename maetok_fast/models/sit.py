@@ -47,6 +47,8 @@ from maetok_fast.layers import (
     Mlp,
     Modulation,
     PatchEmbed,
+    RMSNorm,
+    SwiGLU,
     TimestepEmbedder,
     again,
     unpatchify,
@@ -95,21 +97,20 @@ class Inside(NamedTuple):
     hidden: tuple[Tensor, ...]
 
 
-class SiTBlock(nn.Module):
-    """adaLN-zero block. modulation (B, 6D) = [shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp], or None:
-    then it is computed here, from `activated` = silu(c) (B, D), so that a block's forward alone uses its parameters
-    (`fully_shard` of one block after the other). `recompute`: what its norms make is not kept for the backward pass."""
+class AdaLNBlock(nn.Module):
+    """adaLN-zero block; subclasses make its parts. modulation (B, 6D) = [shift_msa, scale_msa, gate_msa, shift_mlp,
+    scale_mlp, gate_mlp], or (B, 4D) without the shifts (`shift` False), or None: then it is computed here, from
+    `activated` = silu(c) (B, D), so that a block's forward alone uses its parameters (`fully_shard` of one block after
+    the other). `recompute`: what its norms make is not kept for the backward pass."""
 
     recompute = False
-
-    def __init__(self, config: SiTConfig) -> None:
-        super().__init__()
-        self.norm1 = LayerNorm(config.dim, affine=False)
-        self.attn = Attention(config.dim, config.heads, "layer" if config.qk_norm else "none")
-        self.norm2 = LayerNorm(config.dim, affine=False)
-        self.mlp = Mlp(config.dim, int(config.dim * config.mlp_ratio), approximate="tanh")
-        self.residual = GatedResidual()
-        self.adaLN_modulation = Modulation(config.dim, 6 * config.dim)
+    shift = True
+    norm1: LayerNorm | RMSNorm
+    norm2: LayerNorm | RMSNorm
+    attn: Attention
+    mlp: Mlp | SwiGLU
+    residual: GatedResidual
+    adaLN_modulation: Modulation
 
     def forward(
         self,
@@ -122,7 +123,12 @@ class SiTBlock(nn.Module):
         """index (B, N): the rows of rope that turn the tokens, where those are not all."""
         if modulation is None:
             modulation = self.adaLN_modulation.linear(activated)
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
+        shift_msa: Tensor | None = None
+        shift_mlp: Tensor | None = None
+        if self.shift:
+            shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
+        else:
+            scale_msa, gate_msa, scale_mlp, gate_mlp = modulation.chunk(4, dim=-1)
         y = self.norm1(x, shift_msa, scale_msa)
         with again(y, self.norm1, x, shift_msa, scale_msa, wanted=self.recompute):
             branch = self.attn(y, rope, index=index)
@@ -132,6 +138,19 @@ class SiTBlock(nn.Module):
         with again(y, lambda *given: self.norm2.after(*given)[1], *joined, wanted=self.recompute):
             branch = self.mlp(y)
         return self.residual(x, branch, gate_mlp)
+
+
+class SiTBlock(AdaLNBlock):
+    """LayerNorm without affine, a tanh-GELU MLP."""
+
+    def __init__(self, config: SiTConfig) -> None:
+        super().__init__()
+        self.norm1 = LayerNorm(config.dim, affine=False)
+        self.attn = Attention(config.dim, config.heads, "layer" if config.qk_norm else "none")
+        self.norm2 = LayerNorm(config.dim, affine=False)
+        self.mlp = Mlp(config.dim, int(config.dim * config.mlp_ratio), approximate="tanh")
+        self.residual = GatedResidual()
+        self.adaLN_modulation = Modulation(config.dim, 6 * config.dim)
 
 
 class FinalLayer(nn.Module):
@@ -295,10 +314,7 @@ class DiffusionTransformer(Pretrained):
     ) -> Inside:
         """By modulations, or by silu(c) (B, D), of which each block then makes its own."""
         config, early = self.config, self.final_layer_xr
-        shape = (
-            (config.channels, *config.tokens) if isinstance(config.tokens, tuple) else (config.tokens, config.channels)
-        )
-        check_tensor("x", x, ("B", *shape))
+        check_tensor("x", x, ("B", *config.shape))
         check_dtype("x", x, self.pos_embed)
         if exits and early is None:
             raise ValueError(f"this {type(self).__name__} has no early exit (exit_depth is None in its config)")

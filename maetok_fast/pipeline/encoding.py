@@ -33,6 +33,7 @@ from torch import Tensor
 import maetok_fast
 from maetok_fast.checks import check_number, check_positive
 from maetok_fast.data.caches import CacheError
+from maetok_fast.data.caches.lightningdit import RECORD
 from maetok_fast.data.caches.shards import (
     SHARD,
     ChannelMoments,
@@ -51,14 +52,13 @@ from maetok_fast.data.views import View
 from maetok_fast.inference import prepare
 from maetok_fast.kernels import _native
 from maetok_fast.models import MAETok
-from maetok_fast.pipeline.pipeline import weights_fingerprint
+from maetok_fast.pipeline.pipeline import latent_shape, weights_fingerprint
 from maetok_fast.pipeline.run import RunError, _short, make_folder, written
 from maetok_fast.precision import AUTO, Precision
 
 __all__ = ["CROPS", "DTYPES", "EncodingRun"]
 
 FORMAT = 1  # of cache.json
-RECORD = "cache.json"
 CROPS = ("center", "adm")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -249,7 +249,8 @@ class EncodingRun:
         if todo and not self.record.exists():  # process 0 is late
             self._keep()
         refused: list[dict[str, Any]] = []
-        shard = _Shard(max((len(self.rows(k)) for k in todo), default=0), self._shape(), self.dtype, self.flips)
+        shape = latent_shape(self.encoder.config, (self.size, self.size))
+        shard = _Shard(max((len(self.rows(k)) for k in todo), default=0), shape, self.dtype, self.flips)
         with self._images(todo) as images:
             for k in todo:
                 shard.clear()
@@ -310,10 +311,6 @@ class EncodingRun:
             tensors["labels"] = torch.tensor([self.source.label(i) for i in shard.indices], dtype=torch.int64)
         about = {"fingerprint": json.dumps(self.asked, sort_keys=True), "unreadable": json.dumps(shard.refused)}
         write_shard(path, tensors, about)
-
-    def _shape(self) -> tuple[int, int]:
-        config = self.encoder.config
-        return config.num_latent_tokens or (self.size // config.patch) ** 2, config.latent_dim
 
     def _check_unreadable(self, refused: list[dict[str, Any]], more: str = "") -> None:
         allowed = math.ceil(self.max_unreadable * self.samples)

@@ -55,10 +55,10 @@ class Batch(Generated):
     start: int = 0
 
 
-def latent_shape(config: MAETokConfig) -> tuple[int, int]:
-    """(L, C) of a tokenizer's latents at its trained resolution."""
-    count = config.num_latent_tokens or config.size[0] // config.patch * (config.size[1] // config.patch)
-    return count, config.latent_dim
+def latent_shape(config: MAETokConfig, size: tuple[int, int] | None = None) -> tuple[int, int]:
+    """(L, C) of a tokenizer's latents of images of size (height, width), None: at its trained resolution."""
+    height, width = config.size if size is None else size
+    return config.num_latent_tokens or height // config.patch * (width // config.patch), config.latent_dim
 
 
 class Pipeline:
@@ -106,8 +106,7 @@ class Pipeline:
     def _check(self, name: str, generator: DiffusionTransformer) -> None:
         if not isinstance(generator, DiffusionTransformer):
             raise TypeError(f"Pipeline: {name} must be a SiT or LightningDiT, got {type(generator).__name__}")
-        tokens, channels = generator.config.tokens, generator.config.channels
-        given = (tokens, channels) if isinstance(tokens, int) else (channels, *tokens)
+        given = generator.config.shape
         if given != self.shape:
             raise ValueError(
                 f"Pipeline: the {name} samples latents of shape {given}, the tokenizer decodes {self.shape} (tokens, "

@@ -32,7 +32,7 @@ from maetok_fast.precision import to_fp8
 from maetok_fast.training.generator import GeneratorStage, Given
 from maetok_fast.training.generator_configs import GeneratorRun
 from maetok_fast.training.latents import Latents, PairedBatches
-from maetok_fast.training.parts import Parts, keyed, newest_of, training_precision
+from maetok_fast.training.parts import Parts, keyed, load_start, newest_of, training_precision
 from maetok_fast.training.world import World, local_batch
 
 __all__ = ["generator_parts", "make_generator", "make_generator_stage"]
@@ -106,7 +106,7 @@ def _cache(run: GeneratorRun, path: str) -> LatentCache:
         moments=None if data.moments == "auto" else data.moments,
         images=data.rows or None,
     )
-    shape = _model_shape(run)
+    shape = run.model.shape
     if cache.shape != shape:
         keys = (
             f"model.tokens={cache.shape[0]} model.channels={cache.shape[1]}"
@@ -117,11 +117,6 @@ def _cache(run: GeneratorRun, path: str) -> LatentCache:
     if cache.labels is not None and (most := int(cache.labels.max())) >= config.num_classes:
         raise ConfigError(f"{path} has labels up to {most}: model.num_classes={most + 1} (or more)")
     return cache
-
-
-def _model_shape(run: GeneratorRun) -> tuple[int, ...]:
-    tokens, channels = run.model.tokens, run.model.channels
-    return (channels, *tokens) if isinstance(tokens, tuple) else (tokens, channels)
 
 
 def _check_pairs(cache: LatentCache, source: Source) -> None:
@@ -152,9 +147,8 @@ def _tokenizer(run: GeneratorRun) -> MAETok | None:
     if not run.tokenizer:
         return None
     tokenizer = MAETok.from_pretrained(newest_of(run.tokenizer, "tokenizer"))
-    shape = _model_shape(run)
-    if latent_shape(tokenizer.config) != shape:
-        made = latent_shape(tokenizer.config)
+    shape = run.model.shape
+    if (made := latent_shape(tokenizer.config)) != shape:
         raise ConfigError(
             f"tokenizer={run.tokenizer} makes latents of {made}, and the model takes {shape}: model.tokens={made[0]} "
             f"model.channels={made[1]}"
@@ -180,7 +174,7 @@ def _latents(
     prepared = None
     if tokenizer is not None:
         prepared = prepare(tokenizer.to(world.device))
-    return Latents(_model_shape(run), statistics, prepared, _validation(run, cache, world, size))
+    return Latents(run.model.shape, statistics, prepared, _validation(run, cache, world, size))
 
 
 def _statistics(run: GeneratorRun, cache: LatentCache | None, tokenizer: MAETok | None) -> LatentStatistics:
@@ -245,12 +239,7 @@ def make_generator(run: GeneratorRun) -> DiffusionTransformer:
     kind = LightningDiT if isinstance(run.model, LightningDiTConfig) else SiT
     model: DiffusionTransformer = kind(run.model)  # type: ignore[arg-type]
     if run.start:
-        other = load_generator(newest_of(run.start, "generator"))
-        try:
-            model.load_state_dict(other.state_dict())
-        except RuntimeError as error:
-            lines = str(error).splitlines()
-            raise ConfigError(f"start={run.start} does not fit model: {' '.join(lines[1:2]).strip()}") from None
+        load_start(model, load_generator(newest_of(run.start, "generator")).state_dict(), run.start)
     return model
 
 

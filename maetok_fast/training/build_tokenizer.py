@@ -19,7 +19,7 @@ from maetok_fast.data.sources import Source, open_source
 from maetok_fast.models import MAETok
 from maetok_fast.precision import to_fp8
 from maetok_fast.training.configs import TokenizerRun
-from maetok_fast.training.parts import Parts, keyed, newest_of, training_precision
+from maetok_fast.training.parts import Parts, keyed, load_start, newest_of, training_precision
 from maetok_fast.training.tokenizer import Examples, TokenizerStage
 from maetok_fast.training.world import World, local_batch
 
@@ -69,11 +69,7 @@ def make_tokenizer(run: TokenizerRun) -> MAETok:
         return model
     source = newest_of(run.start, "tokenizer")
     other = MAETok.from_pretrained(source)
-    try:
-        model.load_state_dict(_resized(model, other.state_dict()))
-    except RuntimeError as error:
-        lines = str(error).splitlines()
-        raise ConfigError(f"start={run.start} does not fit model: {' '.join(lines[1:2]).strip()}") from None
+    load_start(model, _resized(model, other.state_dict()), run.start)
     return model
 
 

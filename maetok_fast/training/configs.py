@@ -22,6 +22,7 @@ __all__ = [
     "DataConfig",
     "DecoderRun",
     "EMAConfig",
+    "ImagesConfig",
     "LoopConfig",
     "LossConfig",
     "MaskConfig",
@@ -46,18 +47,17 @@ def _not_negative(owner: str, config: Any, *names: str) -> None:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class ImagesConfig:
     """path: a folder, a list of files (.txt), a webdataset tar or several.
 
-    size: of the training images in pixels, None: the model's; sizes: several, one drawn for each step (mixed-resolution
-    fine-tuning). crop: "random" (a square of low .. high of the shorter side), "resized" (random-resized crop, area
-    share low .. high), "center", "adm". flip: the probability. workers: processes that decode, per rank. decoder:
-    "auto", "torchvision", "pil", "dali". max_unreadable: the share of files that may be unreadable. validation: images
-    of the same kinds, "" for none; validation_images: how many of them at most."""
+    size: of the training images in pixels, None: the model's. crop: "random" (a square of low .. high of the shorter
+    side), "resized" (random-resized crop, area share low .. high), "center", "adm". flip: the probability. workers:
+    processes that decode, per rank. decoder: "auto", "torchvision", "pil", "dali". max_unreadable: the share of files
+    that may be unreadable. validation: images of the same kinds, "" for none; validation_images: how many of them at
+    most."""
 
     path: str = ""
     size: int | None = None
-    sizes: tuple[int, ...] = ()
     crop: Literal["random", "resized", "center", "adm"] = "random"
     low: float = 0.8
     high: float = 1.0
@@ -74,6 +74,13 @@ class DataConfig:
         _not_negative("data", self, "workers")
         if not 0 < self.low <= self.high:
             raise ValueError(f"data.low and data.high must be 0 < low <= high, got {self.low} and {self.high}")
+
+
+@dataclass(frozen=True)
+class DataConfig(ImagesConfig):
+    """A tokenizer's images. sizes: several, one drawn for each step (mixed-resolution fine-tuning); (): `size`."""
+
+    sizes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

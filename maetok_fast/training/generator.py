@@ -41,11 +41,11 @@ from maetok_fast.training.generator_configs import GeneratorRun
 from maetok_fast.training.latents import Latents
 from maetok_fast.training.loop import Measured, Network
 from maetok_fast.training.masks import Masks
+from maetok_fast.training.observe import COLUMNS
 from maetok_fast.training.world import World
 
 __all__ = ["GeneratorStage", "GeneratorTraining", "Given"]
 
-SHOWN = 8  # pictures of a preview
 _GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, cover [0, 1) evenly however many there are
 
 
@@ -242,11 +242,11 @@ class GeneratorStage:
     # ---- pictures, validation and files ----
 
     def picture(self) -> dict[str, Tensor]:
-        """Samples of fixed noise and labels, in rows of 8."""
+        """Samples of fixed noise and labels, in rows."""
         if not self.latents.shows:
             return {}
         preview, objective, classes = self.run.preview, self.run.objective, self.null
-        labels = preview.labels or tuple(i * classes // SHOWN % classes for i in range(SHOWN))
+        labels = preview.labels or tuple(i * classes // COLUMNS % classes for i in range(COLUMNS))
         y = torch.tensor(labels, device=self.world.device)
         shape = self.latents.shape
         noise = torch.randn(len(y), *shape, generator=torch.Generator().manual_seed(0)).to(self.world.device)
@@ -262,9 +262,10 @@ class GeneratorStage:
                 **how,
             )  # fmt: skip
         images = self.latents.decode(found.latents)
-        return {f"row {i // SHOWN}": images[i : i + SHOWN] for i in range(0, len(images) // SHOWN * SHOWN, SHOWN)} or {
-            "samples": images
-        }
+        whole = len(images) // COLUMNS * COLUMNS
+        if not whole:
+            return {"samples": images}
+        return {f"row {k}": row for k, row in enumerate(images[:whole].split(COLUMNS))}
 
     def validate(self) -> Measured | None:
         """The squared error of the average's velocity on held-out latents, at times and noise that stay the same."""

@@ -15,7 +15,15 @@ from typing import Literal
 
 from maetok_fast.checks import check_number, check_positive
 from maetok_fast.models.configs import LightningDiTConfig, SiTConfig
-from maetok_fast.training.configs import EMAConfig, LoopConfig, OptimizerConfig, TeacherConfig, _not_negative, _share
+from maetok_fast.training.configs import (
+    EMAConfig,
+    ImagesConfig,
+    LoopConfig,
+    OptimizerConfig,
+    TeacherConfig,
+    _not_negative,
+    _share,
+)
 
 __all__ = [
     "AlignConfig",
@@ -30,41 +38,27 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class LatentsConfig:
+class LatentsConfig(ImagesConfig):
     """Where the latents come from: `cache`, `path`, or both.
 
     cache: of `maetok-fast cache-latents`, or one of REPA's, REPA-E's, MAR's, DC-AE's. format, moments: "auto", or as
     `data.caches.open_cache` takes them. rows: how many images a cache of LightningDiT's extraction really has, 0: all.
     statistics: a file of the latents' mean and deviation; "": beside the cache, or in the tokenizer's configuration;
     "none": the latents are learnt as they are.
-    path: images, as the tokenizer's `data.path`. Without a cache they are encoded in the step, after a crop as there;
-    with one they are what the teacher sees, the same images in the same order, cropped as the cache's were. size: in
-    pixels, None: the tokenizer's. flip: the probability of the mirrored image. workers, decoder, max_unreadable: as the
-    tokenizer's. validation: a cache, or images where `path` alone is given; validation_images: how many at most."""
+    path: images. Without a cache they are encoded in the step; with one they are what the teacher sees, the same images
+    in the same order, cropped as the cache's were. size: None: the cache's, or the tokenizer's. flip: of a cache's
+    mirror images too. validation: a cache, or images where `path` alone is given. The rest as `ImagesConfig`'s."""
 
+    crop: Literal["random", "resized", "center", "adm"] = "center"
     cache: str = ""
     format: str = "auto"
     moments: Literal["auto", "std", "logvar"] = "auto"
     rows: int = 0
     statistics: str = ""
-    path: str = ""
-    size: int | None = None
-    crop: Literal["random", "resized", "center", "adm"] = "center"
-    low: float = 0.8
-    high: float = 1.0
-    flip: float = 0.5
-    workers: int = 2
-    decoder: Literal["auto", "torchvision", "pil", "dali"] = "auto"
-    max_unreadable: float = 0.01
-    validation: str = ""
-    validation_images: int = 1000
 
     def __post_init__(self) -> None:
-        _share("data", flip=self.flip, max_unreadable=self.max_unreadable, low=self.low, high=self.high)
-        _not_negative("data", self, "rows", "workers")
-        check_positive("data", validation_images=self.validation_images, size=1 if self.size is None else self.size)
-        if not 0 < self.low <= self.high:
-            raise ValueError(f"data.low and data.high must be 0 < low <= high, got {self.low} and {self.high}")
+        super().__post_init__()
+        _not_negative("data", self, "rows")
 
 
 @dataclass(frozen=True)

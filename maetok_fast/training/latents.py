@@ -17,6 +17,7 @@ from torch import Tensor
 
 from maetok_fast.data.latents import LatentBatch, LatentBatches
 from maetok_fast.data.loader import Batches
+from maetok_fast.data.reader import to_range
 from maetok_fast.data.samples import DataError
 from maetok_fast.pipeline.statistics import LatentStatistics
 
@@ -62,7 +63,9 @@ class Latents:
         if isinstance(batch, (LatentBatch, Paired)):
             found = batch.latents.to(self.device)
         else:
-            found = self.tokenizer.encode(_in_range(batch.images.to(self.device)))
+            images = batch.images.to(self.device)  # bytes, or of a validation, which are in range
+            images = to_range(images, torch.float32) if images.dtype == torch.uint8 else images
+            found = self.tokenizer.encode(images)
         return self.statistics.normalise(found.float())
 
     def images(self, batch: Any) -> Tensor:
@@ -78,11 +81,6 @@ class Latents:
 
     def validation(self) -> Iterable[Any] | None:
         return None if self._validation is None else self._validation()
-
-
-def _in_range(images: Tensor) -> Tensor:
-    """Bytes to [-1, 1]; what is so already, as it is."""
-    return images.float().div_(127.5).sub_(1) if images.dtype == torch.uint8 else images
 
 
 class PairedBatches:

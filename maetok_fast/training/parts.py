@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
 
 from maetok_fast.config import ConfigError
 from maetok_fast.precision import Precision, resolve
@@ -16,7 +17,7 @@ from maetok_fast.training.checkpoints import Kept
 from maetok_fast.training.configs import LoopConfig
 from maetok_fast.training.loop import Batches
 
-__all__ = ["Parts", "keyed", "newest_of", "training_precision"]
+__all__ = ["Parts", "keyed", "load_start", "newest_of", "training_precision"]
 
 
 class Parts(NamedTuple):
@@ -47,6 +48,15 @@ def newest_of(start: str, product: str) -> str:
     if found is None:
         raise ConfigError(f"start={start}: this run has no checkpoint yet")
     return str(found / product)
+
+
+def load_start(model: nn.Module, state: Mapping[str, Tensor], start: str) -> None:
+    """The weights of `start` into the model. ConfigError, with the first that does not fit."""
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        lines = str(error).splitlines()
+        raise ConfigError(f"start={start} does not fit model: {' '.join(lines[1:2]).strip()}") from None
 
 
 @contextlib.contextmanager
