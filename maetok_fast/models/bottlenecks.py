@@ -48,7 +48,7 @@ class SoftVQ(nn.Module):
     def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(torch.float32, h.dtype)
         # a cosine rounded to bf16 and divided by a temperature of .01 would be off by 0.4
-        with torch.autocast(h.device.type, enabled=False):
+        with torch.autocast("cpu" if h.is_meta else h.device.type, enabled=False):  # torch knows none of meta's
             codes = F.normalize(self.embedding.weight.to(wide), dim=-1)
             similarity = F.normalize(h.to(wide), dim=-1) @ codes.T
             latents = (similarity / self.tau).softmax(-1) @ codes
