@@ -37,7 +37,7 @@ FLOORS = {
         ("_optional", "checks", "config", "layers", "positions", "precision"),
         ("models",),
         ("data", "diffusion", "inference"),
-        ("_accelerate", "bench", "doctor", "evaluation", "pipeline", "training"),
+        ("_accelerate", "analysis", "bench", "doctor", "evaluation", "pipeline", "training"),
         ("demos",),
         ("cli",),
     ),
