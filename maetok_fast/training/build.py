@@ -34,7 +34,7 @@ _CHANGEABLE = (
     "data.validation_images", "teachers.weights", "loop.steps", "loop.device", "loop.log_every", "loop.picture_every",
     "loop.validate_every", "loop.checkpoint_every", "loop.keep", "loop.max_bad_steps", "loop.tensorboard",
     "loop.accumulate", "loop.parallel", "loop.compile", "loop.recompute", "loop.checkpointing", "start",
-    "adversarial.weights", "data.cache", "preview", "tokenizer",
+    "adversarial.weights", "data.cache", "preview", "tokenizer", "metrics",
 )  # fmt: skip
 
 
@@ -100,6 +100,11 @@ def _shown(run: TrainingRun, parts: Parts, world: World, quiet: bool) -> dict[st
         "quiet": quiet,
         "main": world.main,
         "tensorboard": run.loop.tensorboard,
+        "session": {
+            "images_per_step": run.loop.batch,
+            "images_per_epoch": parts.images,
+            "metrics": None if parts.stage.online is None else parts.stage.online.about,
+        },
     }
 
 

@@ -11,7 +11,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,9 @@ from maetok_fast.training.generator_configs import GeneratorRun
 from maetok_fast.training.latents import Latents, PairedBatches
 from maetok_fast.training.parts import Parts, keyed, load_start, newest_of, training_precision
 from maetok_fast.training.world import World, local_batch
+
+if TYPE_CHECKING:
+    from maetok_fast.training.online import Online
 
 __all__ = ["generator_parts", "make_generator", "make_generator_stage"]
 
@@ -68,8 +71,10 @@ def generator_parts(run: GeneratorRun, world: World, out: Path, ready: Callable[
         raise ConfigError("tokenizer: images are encoded on the way: say by which, tokenizer=runs/mine_decoder")
     _check_made_by(cache, tokenizer, run)
     size = _size(run, cache, tokenizer)
+    online = _online(run, cache, tokenizer, world, out)
     latents = _latents(run, cache, tokenizer, world, size)
-    stage = make_generator_stage(run, world.device, latents, size)
+    labelled = source is not None and source.labelled if cache is None else cache.labels is not None
+    stage = make_generator_stage(run, world.device, latents, size, online, labelled)
 
     def batches(start: int, unreadable: dict[str, str]) -> Any:
         of_cache = of_images = None
@@ -91,7 +96,8 @@ def generator_parts(run: GeneratorRun, world: World, out: Path, ready: Callable[
         return of_images if of_cache is None else of_cache
 
     fingerprint = _fingerprint(cache) if cache is not None else "" if source is None else source.fingerprint()
-    return Parts(stage, batches, fingerprint, lambda: _flops(stage, size))
+    images = len(cache) if cache is not None else 0 if source is None else len(source)
+    return Parts(stage, batches, fingerprint, lambda: _flops(stage, size), images)
 
 
 # ---- data ----------------------------------------------------------------------------------------------------------
@@ -222,6 +228,20 @@ def _validation(
     )
 
 
+def _online(
+    run: GeneratorRun, cache: LatentCache | None, tokenizer: MAETok | None, world: World, out: Path
+) -> Online | None:
+    """What the distance of samples is measured with; None where the run does not ask for it."""
+    if not run.metrics.every:
+        return None
+    if tokenizer is None:
+        raise ConfigError(f"tokenizer: metrics.every={run.metrics.every} measures images, which it decodes: give it")
+    from maetok_fast.training.online import make_online
+
+    images = "" if cache is not None else run.data.validation  # a cache's validation is a cache
+    return make_online(run.metrics, world, out, max(tokenizer.config.size), images, originals=False)
+
+
 def _fingerprint(cache: LatentCache) -> str:
     """Of what a run that goes on must find again: names, labels, shape and where the latents came from."""
     digest = hashlib.sha256(f"{len(cache)} {cache.shape} {cache.kind} {cache.fingerprint}".encode())
@@ -243,8 +263,16 @@ def make_generator(run: GeneratorRun) -> DiffusionTransformer:
     return model
 
 
-def make_generator_stage(run: GeneratorRun, device: torch.device, latents: Latents, size: int = 256) -> GeneratorStage:
-    """The stage with every network that it needs. size: of the images that a teacher sees, in pixels."""
+def make_generator_stage(
+    run: GeneratorRun,
+    device: torch.device,
+    latents: Latents,
+    size: int = 256,
+    online: Online | None = None,
+    labelled: bool = True,
+) -> GeneratorStage:
+    """The stage with every network that it needs. size: of the images that a teacher sees, in pixels. online, labelled:
+    `GeneratorStage`'s."""
     precision = training_precision(run.loop, device)
     generator = make_generator(run)
     if precision.name == "fp8":
@@ -252,7 +280,7 @@ def make_generator_stage(run: GeneratorRun, device: torch.device, latents: Laten
     torch.manual_seed(run.loop.seed + 1)
     teacher = _teacher(run, device, size)
     projector = _projector(run, None if teacher is None else teacher.features, size)
-    return GeneratorStage(run, generator, precision, latents, projector, teacher)
+    return GeneratorStage(run, generator, precision, latents, projector, teacher, online, labelled)
 
 
 def _teacher(run: GeneratorRun, device: torch.device, size: int) -> Any:

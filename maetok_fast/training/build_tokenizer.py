@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from maetok_fast.training.configs import TokenizerRun
 from maetok_fast.training.parts import Parts, keyed, load_start, newest_of, training_precision
 from maetok_fast.training.tokenizer import Examples, TokenizerStage
 from maetok_fast.training.world import World, local_batch
+
+if TYPE_CHECKING:
+    from maetok_fast.training.online import Online
 
 __all__ = ["make_stage", "make_tokenizer", "tokenizer_parts"]
 
@@ -49,8 +52,12 @@ def tokenizer_parts(run: TokenizerRun, world: World, out: Path, ready: Callable[
         )  # fmt: skip
 
     ready()
-    ready()
-    stage = make_stage(run, world.device, _examples(run, source, size, world))
+    online = None
+    if run.metrics.every:
+        from maetok_fast.training.online import make_online
+
+        online = make_online(run.metrics, world, out, size, run.data.validation, originals=True)
+    stage = make_stage(run, world.device, _examples(run, source, size, world), online)
 
     def flops() -> float:
         from maetok_fast.training.flops import model_flops
@@ -58,7 +65,7 @@ def tokenizer_parts(run: TokenizerRun, world: World, out: Path, ready: Callable[
         dropped = (run.mask.low + run.mask.high) / 2 if run.mask.mode == "drop" else 0.0
         return model_flops(stage.model, size, dropped=dropped, teachers=run.auxiliary.targets)
 
-    return Parts(stage, batches, source.fingerprint(), flops)
+    return Parts(stage, batches, source.fingerprint(), flops, len(source))
 
 
 def make_tokenizer(run: TokenizerRun) -> MAETok:
@@ -92,7 +99,9 @@ def _resized(model: MAETok, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def make_stage(run: TokenizerRun, device: torch.device, examples: Examples | None = None) -> TokenizerStage:
+def make_stage(
+    run: TokenizerRun, device: torch.device, examples: Examples | None = None, online: Online | None = None
+) -> TokenizerStage:
     """The stage with every network that it needs, and none that it does not. Errors name a weight that is missing and
     how to get it."""
     precision = training_precision(run.loop, device)
@@ -101,7 +110,7 @@ def make_stage(run: TokenizerRun, device: torch.device, examples: Examples | Non
         log.info("%s", to_fp8(tokenizer))
     torch.manual_seed(run.loop.seed + 1)
     return TokenizerStage(
-        run, tokenizer, precision, _targets(run, device), _perceptual(run), _discriminator(run), examples
+        run, tokenizer, precision, _targets(run, device), _perceptual(run), _discriminator(run), examples, online
     )
 
 

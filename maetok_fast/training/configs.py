@@ -26,6 +26,7 @@ __all__ = [
     "LoopConfig",
     "LossConfig",
     "MaskConfig",
+    "MetricsConfig",
     "OptimizerConfig",
     "Run",
     "TokenizerRun",
@@ -266,6 +267,31 @@ class LoopConfig:
         _not_negative("loop", self, "seed", "picture_every", "validate_every", "checkpoint_every")
 
 
+@dataclass(frozen=True)
+class MetricsConfig:
+    """The Frechet distance of the average's images to real ones, every so many steps of the run (0: never).
+
+    Of a tokenizer: of its reconstructions of the first `images` of data.validation (rFD; and their PSNR). Of a
+    generator: of so many samples, labels equally, noise the same each time (gFD). extractor: "inception" (FID),
+    "dinov2", "timm:NAME", "random"; weights: its weights, "hub", a file, or "random". reference: images or a .npz of
+    images or statistics; "": data.validation. crop: of what is resized. steps, guidance: of the generator's sampler,
+    None: `preview`'s. batch: images at a time."""
+
+    every: int = 0
+    images: int = 10_000
+    extractor: str = "inception"
+    weights: str = "hub"
+    reference: str = ""
+    crop: Literal["center", "adm"] = "center"
+    steps: int | None = None
+    guidance: float | None = None
+    batch: int = 64
+
+    def __post_init__(self) -> None:
+        _not_negative("metrics", self, "every")
+        check_positive("metrics", images=self.images, batch=self.batch, steps=1 if self.steps is None else self.steps)
+
+
 class Run(Protocol):
     """What the loop reads of a run, whatever its stage."""
 
@@ -277,6 +303,8 @@ class Run(Protocol):
     def ema(self) -> EMAConfig: ...
     @property
     def loop(self) -> LoopConfig: ...
+    @property
+    def metrics(self) -> MetricsConfig: ...
 
 
 @dataclass(frozen=True)
@@ -295,6 +323,7 @@ class TokenizerRun:
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
 
     @property

@@ -14,13 +14,15 @@ FSDP wrap. Nothing waits for the device.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from maetok_fast.config import ConfigError
+from maetok_fast.data.images import to_uint8
 from maetok_fast.diffusion import (
     adaptive_loss,
     average_velocity_error,
@@ -35,6 +37,7 @@ from maetok_fast.diffusion import (
 from maetok_fast.diffusion.objectives import align_loss, direction_loss, spatial_features, tempered, velocity_loss
 from maetok_fast.layers import EMA
 from maetok_fast.models.sit import DiffusionTransformer, Route
+from maetok_fast.pipeline.noise import SampleNoise, seed_of
 from maetok_fast.precision import Precision
 from maetok_fast.training.configs import MaskConfig
 from maetok_fast.training.generator_configs import GeneratorRun
@@ -43,6 +46,9 @@ from maetok_fast.training.loop import Measured, Network
 from maetok_fast.training.masks import Masks
 from maetok_fast.training.observe import COLUMNS
 from maetok_fast.training.world import World
+
+if TYPE_CHECKING:
+    from maetok_fast.training.online import Online
 
 __all__ = ["GeneratorStage", "GeneratorTraining", "Given"]
 
@@ -143,6 +149,7 @@ class GeneratorStage:
     """`Stage` of `maetok_fast.training.loop` for `SiTRun` and `LightningDiTRun`.
 
     latents: what makes z of a batch, and shows pictures. teacher: maetok_fast.training.teachers.Teacher, or None.
+    online: what the distance of samples is measured with, or None. labelled: whether the data has labels.
     """
 
     product = "generator"
@@ -155,7 +162,10 @@ class GeneratorStage:
         latents: Latents,
         projector: nn.Module | None = None,
         teacher: Any = None,
+        online: Online | None = None,
+        labelled: bool = True,
     ) -> None:
+        self.online, self.labelled = online, labelled
         self.run, self.precision, self.latents, self.teacher = run, precision, latents, teacher
         self.averaged = generator
         for name, part in generator.named_parameters():
@@ -245,27 +255,52 @@ class GeneratorStage:
         """Samples of fixed noise and labels, in rows."""
         if not self.latents.shows:
             return {}
-        preview, objective, classes = self.run.preview, self.run.objective, self.null
+        preview, classes = self.run.preview, self.null
         labels = preview.labels or tuple(i * classes // COLUMNS % classes for i in range(COLUMNS))
         y = torch.tensor(labels, device=self.world.device)
         shape = self.latents.shape
         noise = torch.randn(len(y), *shape, generator=torch.Generator().manual_seed(0)).to(self.world.device)
-        how: dict[str, Any] = {"guidance": preview.guidance}
-        if objective.guidance_free:
-            how = {"temperature": 1 / preview.guidance}
-        method = "meanflow" if objective.averages != "none" else preview.method
-        steps = min(preview.steps, 4) if method == "meanflow" else preview.steps
         draws = torch.Generator(self.world.device).manual_seed(0)
-        with self.precision.autocast(self.world.device.type):
-            found = sample(
-                self.averaged, noise, y, steps=steps, method=method, path=self.path, shift=self.shift, generator=draws,
-                **how,
-            )  # fmt: skip
-        images = self.latents.decode(found.latents)
+        images = self._sampled(noise, y, draws, preview.steps, preview.guidance)
         whole = len(images) // COLUMNS * COLUMNS
         if not whole:
             return {"samples": images}
         return {f"row {k}": row for k, row in enumerate(images[:whole].split(COLUMNS))}
+
+    def _sampled(self, noise: Tensor, y: Tensor, draws: Any, steps: int, guidance: float) -> Tensor:
+        """Images (B, 3, H, W) of noise (B, ...) and labels. draws: randomness of the SDE, as `sample` takes it. steps:
+        at most 4 where averages are learnt."""
+        preview, objective = self.run.preview, self.run.objective
+        how: dict[str, Any] = {"guidance": guidance}
+        if objective.guidance_free:
+            how = {"temperature": 1 / guidance}
+        method = "meanflow" if objective.averages != "none" else preview.method
+        with self.precision.autocast(self.world.device.type):
+            found = sample(
+                self.averaged, noise, y, steps=min(steps, 4) if method == "meanflow" else steps, method=method,
+                path=self.path, shift=self.shift, generator=draws, **how,
+            )  # fmt: skip
+        return self.latents.decode(found.latents)
+
+    def measure(self) -> dict[str, float]:
+        """The distance of samples to the reference: sample i of label i modulo the classes, its noise from seed i."""
+        online = self.online
+        if online is None:
+            return {}
+        metrics, preview = self.run.metrics, self.run.preview
+        steps = preview.steps if metrics.steps is None else metrics.steps
+        guidance = preview.guidance if metrics.guidance is None else metrics.guidance
+
+        def samples() -> Iterator[Tensor]:
+            for places in online.indices(self.world):
+                labels = [i % self.null if self.labelled else self.null for i in places]
+                y = torch.tensor(labels, device=self.world.device)
+                draws = SampleNoise([seed_of(0, i) for i in places])
+                noise = draws.first(self.latents.shape, torch.float32, self.world.device)
+                images = to_uint8(self._sampled(noise, y, draws, steps, guidance))
+                yield torch.from_numpy(images).permute(0, 3, 1, 2)
+
+        return {online.name: online.distance(samples(), self.world)}
 
     def validate(self) -> Measured | None:
         """The squared error of the average's velocity on held-out latents, at times and noise that stay the same."""

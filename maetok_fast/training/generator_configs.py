@@ -19,6 +19,7 @@ from maetok_fast.training.configs import (
     EMAConfig,
     ImagesConfig,
     LoopConfig,
+    MetricsConfig,
     OptimizerConfig,
     TeacherConfig,
     _not_negative,
@@ -189,6 +190,7 @@ class GeneratorRun:
     )
     ema: EMAConfig = field(default_factory=EMAConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=4_000_000, batch=256, checkpoint_every=10_000))
 
     def __post_init__(self) -> None:

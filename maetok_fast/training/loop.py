@@ -104,6 +104,10 @@ class Stage(Protocol):
         """Called likewise; None where there is nothing to measure with."""
         ...
 
+    def measure(self) -> dict[str, float]:
+        """Called likewise, at `metrics.every`: values over all ranks, the same on each; {} for none."""
+        ...
+
     def save_average(self, folder: Path, average: dict[str, Tensor]) -> None:
         """Writes the averaged model as its users load it. average: its whole state, frozen tensors and buffers too."""
 
@@ -207,6 +211,8 @@ class Loop:
                     self._picture(observer)
                 if self._due(loop.validate_every):
                     self._validate(observer)
+                if self._due(self.run.metrics.every):
+                    self._measure(observer)
                 if self._due(loop.checkpoint_every):
                     self.save()
                 aside += time.perf_counter() - begun  # no part of the steps' time
@@ -302,11 +308,14 @@ class Loop:
         for module in modules:
             module.eval()
         with torch.no_grad(), self.ema.swapped(self.stage.averaged):
+            # what is averaged may be called without the root that FSDP2 wraps, whose own parameters are gathered here;
+            # left so, as a root's forward leaves them too, the next step would train on the average
+            sharded: list[Any] = [module for module in modules if hasattr(module, "unshard")]
+            for module in sharded:
+                module.unshard()
             yield
-            for module in modules:
-                # FSDP2 leaves a root's parameters gathered after a forward: the next step would train on the average
-                if hasattr(module, "reshard"):
-                    module.reshard()  # type: ignore[operator]
+            for module in sharded:
+                module.reshard()
         restore_random_state(state, self.world.device)
 
     def _picture(self, observer: Observer) -> None:
@@ -334,6 +343,12 @@ class Loop:
             if self.world.main:
                 self.checkpoints.mark_best(self.step, **{found.name: mean})
             self.world.barrier()
+
+    def _measure(self, observer: Observer) -> None:
+        with self._averaged():
+            found = self.stage.measure()
+        if found:
+            observer.record(self.step, {f"validation/{name}": value for name, value in found.items()})
 
     # ---- checkpoints ----
 

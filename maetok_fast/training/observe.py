@@ -12,7 +12,8 @@
     step         optimizer steps done;  time: seconds of all sessions of the run, with those that a crash undid
     mfu          images/s of a device x FLOPs of an image / peak FLOP/s of a device, a share
     data_wait    share of the time in which the step waited for its batch
-    session      in the first of a session's lines with speeds: devices, flops_per_image, peak_flops, peak_from, started
+    session      in the first of a session's lines with speeds: started, devices, flops_per_image, peak_flops,
+                 peak_from, images_per_step, images_per_epoch, and what `metrics` measures: how many images, which
 
 A value that is not finite is written as the string "nan", "inf" or "-inf", as JSON has no numbers for them; float()
 reads both. A run that goes on cuts the log back to the step that it goes on from. What cannot be written (a full disk)
@@ -87,6 +88,7 @@ class Observer:
 
     folder: the run's. images_per_step: over all ranks. flops_per_image: of a training step (`flops.model_flops`);
     without it or `peak_flops` there is no MFU. start_step: where this session goes on. quiet: no bar and no lines.
+    session: what else its record in the log shall say, JSON values.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class Observer:
         start_step: int = 0,
         main: bool = True,
         tensorboard: bool = True,
+        session: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder, self.total, self.main, self.quiet = folder, total_steps, main, quiet
         self.images, self.devices = images_per_step, devices
@@ -127,6 +130,7 @@ class Observer:
             "flops_per_image": flops_per_image,
             "peak_flops": None if peak_flops is None else peak_flops.flops,
             "peak_from": None if peak_flops is None else peak_flops.source,
+            **(session or {}),
         }
         self._lines = not quiet and not sys.stderr.isatty()
         self._bar = tqdm(

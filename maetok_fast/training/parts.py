@@ -22,12 +22,13 @@ __all__ = ["Parts", "keyed", "load_start", "newest_of", "training_precision"]
 
 class Parts(NamedTuple):
     """stage: a `Stage` that has a `precision`. batches(part, unreadable), fingerprint: as `Loop` takes them. flops():
-    of a training step for one image."""
+    of a training step for one image. images: in an epoch."""
 
     stage: Any
     batches: Callable[[int, dict[str, str]], Batches]
     fingerprint: str
     flops: Callable[[], float]
+    images: int
 
 
 def training_precision(loop: LoopConfig, device: torch.device) -> Precision:

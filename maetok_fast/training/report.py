@@ -20,6 +20,7 @@ import json
 import logging
 import math
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ import numpy as np
 from maetok_fast._optional import probe
 from maetok_fast.pipeline.run import written
 from maetok_fast.training.observe import _duration, _short, read_log
+from maetok_fast.training.online import crossings
 
 __all__ = ["write_report"]
 
@@ -80,7 +82,7 @@ def write_report(folder: str | Path) -> Path:
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder}: there is no run here; give the folder that the run's `out` names")
     run = _Run(folder)
-    parts = [_head(run), _curves(run), _pictures(run), _weights(run), _faults(run), _about(run)]
+    parts = [_head(run), _curves(run), _crossed(run), _pictures(run), _weights(run), _faults(run), _about(run)]
     body = "\n".join(part for part in parts if part)
     page = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -339,6 +341,17 @@ def _inline(svg: str, title: str) -> str:
     return f'<svg {box[0]} {links} role="img" aria-label="{_text(title)}">{rest.strip()}'
 
 
+def _crossed(run: _Run) -> str:
+    """When the distances fell below round numbers."""
+    rows = []
+    for name, value, when in crossings(run.lines):
+        numbers = ["?" if v is None else f"{v:,.0f}" if v >= 100 else _short(v) for v in when]
+        rows.append(f"<tr><td>{_text(_words(name).split(' ', 1)[1])} {value:g}<td>{'<td>'.join(numbers)}</tr>")
+    head = "<h2>When distances fell below</h2>\n<p>Steps are interpolated between two measurements.</p>"
+    table = f'<div class="wide"><table><tr><th><th>step<th>epochs<th>images seen</tr>{"".join(rows)}</table></div>'
+    return f"{head}\n{table}" if rows else ""
+
+
 # ---- pictures and tables -------------------------------------------------------------------------------------------
 
 
@@ -394,11 +407,12 @@ def _weights(run: _Run) -> str:
         rows.append(f"<tr><td>{int(path.name):,}<td>{_size(path)}<td>{_text('; '.join(notes))}<td><code>"
                     f"checkpoints/{_text(path.name)}</code></tr>")  # fmt: skip
     product = last / run.product
-    command = f"maetok-fast reconstruct photos --tokenizer {_quoted(product)} --out reconstructed"
+    quoted = shlex.quote(str(product))
+    command = f"maetok-fast reconstruct photos --tokenizer {quoted} --out reconstructed"
     python = f"from maetok_fast.models import MAETok\n\ntokenizer = MAETok.from_pretrained({str(product)!r})"
     if run.product == "generator":
-        tokenizer = _quoted(Path(run.setting("tokenizer") or "TOKENIZER"))
-        command = f"maetok-fast sample --generator {_quoted(product)} --tokenizer {tokenizer} --classes 0 --out samples"
+        tokenizer = shlex.quote(str(run.setting("tokenizer") or "TOKENIZER"))
+        command = f"maetok-fast sample --generator {quoted} --tokenizer {tokenizer} --classes 0 --out samples"
         python = f"from maetok_fast.models import load_generator\n\ngenerator = load_generator({str(product)!r})"
     return "\n".join(
         [
@@ -446,13 +460,7 @@ def _text(value: Any) -> str:
 
 def _words(name: str) -> str:
     """A name of the log as a title: gradient/tokenizer becomes "gradient tokenizer"."""
-    return re.sub(r"[/_]+", " ", name).replace("psnr", "PSNR")
-
-
-def _quoted(path: Path) -> str:
-    import shlex
-
-    return shlex.quote(str(path))
+    return re.sub(r"[/_]+", " ", name).replace("psnr", "PSNR").replace(" fd ", " FD ")
 
 
 def _size(folder: Path) -> str:

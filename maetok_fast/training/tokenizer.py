@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,9 @@ from maetok_fast.training.loop import Measured, Network
 from maetok_fast.training.masks import Masks
 from maetok_fast.training.targets import Targets, caption_loss, caption_mask
 from maetok_fast.training.world import World
+
+if TYPE_CHECKING:
+    from maetok_fast.training.online import Online
 
 __all__ = ["Reconstruction", "TokenizerStage", "TokenizerTraining"]
 
@@ -116,6 +119,7 @@ class TokenizerStage:
 
     perceptual: maetok_fast.models.perceptual.LPIPS or None; targets: None where nothing but pixels is predicted.
     examples: images for pictures, as many on every rank, of which PSNR is measured where the run has `data.validation`.
+    online: what the distance of reconstructions is measured with, or None.
     """
 
     product = "tokenizer"
@@ -129,8 +133,9 @@ class TokenizerStage:
         perceptual: nn.Module | None = None,
         discriminator: nn.Module | None = None,
         examples: Examples | None = None,
+        online: Online | None = None,
     ) -> None:
-        self.examples = examples
+        self.examples, self.online = examples, online
         self.run, self.precision, self.targets = run, precision, targets
         self.perceptual: Any = perceptual
         self.averaged = tokenizer
@@ -271,6 +276,26 @@ class TokenizerStage:
             results = to_uint8(self._reconstruct(images.to(self.world.device)))
             scores += [min(psnr(*pair), HIGHEST_DB) for pair in zip(to_uint8(images), results)]
         return Measured("psnr", sum(scores), len(scores))
+
+    def measure(self) -> dict[str, float]:
+        """The distance of reconstructions to the reference, and their PSNR."""
+        online = self.online
+        if online is None:
+            return {}
+        scores: list[float] = []
+
+        def results() -> Iterator[Tensor]:
+            for originals in online.originals(self.world):
+                images = originals.to(self.world.device, torch.float32).div_(127.5).sub_(1)
+                found = to_uint8(self._reconstruct(images))
+                before = originals.permute(0, 2, 3, 1).numpy()
+                scores.extend(min(psnr(*pair), HIGHEST_DB) for pair in zip(before, found))
+                yield torch.from_numpy(found).permute(0, 3, 1, 2)
+
+        distance = online.distance(results(), self.world)
+        sums = torch.tensor([sum(scores), len(scores)], dtype=torch.float64, device=self.world.device)
+        total, count = self.world.sum(sums).tolist()
+        return {online.name: distance, "metrics_psnr": total / count}
 
     def _reconstruct(self, images: Tensor) -> Tensor:
         with self.precision.autocast(self.world.device.type):
