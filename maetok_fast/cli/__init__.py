@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import bench, cache_latents, convert, demo, demo_weights, doctor, images, sample, scale, train
+from . import analyze, bench, cache_latents, convert, demo, demo_weights, doctor, evaluate, images, sample, scale, train
 
 __all__ = ["app", "main"]
 
@@ -22,9 +22,11 @@ for _command in (images.reconstruct, images.encode, images.decode):
 app.command("cache-latents")(cache_latents.cache_latents)
 app.command("convert")(convert.convert)
 app.command("demo-weights")(demo_weights.demo_weights)
-app.command("demo")(demo.demo)
+app.add_typer(demo.app, name="demo")
+app.command("evaluate")(evaluate.evaluate)
 app.command("scale")(scale.scale)
 app.add_typer(train.app, name="train")
+app.add_typer(analyze.app, name="analyze")
 app.add_typer(bench.app, name="bench")
 
 

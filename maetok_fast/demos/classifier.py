@@ -51,6 +51,12 @@ class Classifier(nn.Module):
         logits: Tensor = self.head(self.trunk(images.float() / 127.5 - 1).flatten(1))
         return logits
 
+    def features(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) uint8 -> (B, 96), what the last convolution sees, the mean over places."""
+        check_tensor("images", images, ("B", 3, self.size, self.size))
+        found: Tensor = self.trunk(images.float() / 127.5 - 1).mean((2, 3))
+        return found
+
     @torch.no_grad()
     def predict(self, images: Tensor) -> Tensor:
         """The likeliest class of each: (N, 3, S, S) uint8 -> (N,) int64 on the CPU. In eval mode, a part at a time."""

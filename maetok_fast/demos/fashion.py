@@ -16,12 +16,11 @@ a mirrored one would be a picture that the set does not have. Tokenizers see mir
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,29 +31,23 @@ from torch import Tensor
 from maetok_fast import config
 from maetok_fast.bench.machine import find_device
 from maetok_fast.data.images import psnr, to_uint8
-from maetok_fast.data.installed import INSTALLED
 from maetok_fast.data.reader import to_range
-from maetok_fast.data.samples import DataError, Source
-from maetok_fast.data.sources import open_source
+from maetok_fast.data.samples import Source
 from maetok_fast.demos.classifier import Classifier, read_all, train_classifier
 from maetok_fast.demos.ledger import FORMAT, Ledger
 from maetok_fast.demos.page import Shown, write_page
 from maetok_fast.demos.plan import Plan, make_plan, product
+from maetok_fast.demos.shared import HIGHEST_DB, DemoStopped, bar, check_classes, open_images
 from maetok_fast.models import MAETok
 from maetok_fast.pipeline import EncodingRun, Pipeline, RunError, SamplingRun
 from maetok_fast.pipeline.run import equal_labels, make_folder
 from maetok_fast.training.build import TrainingRun, train
 
-__all__ = ["PARTS", "DemoStopped", "recognised", "run_demo", "spread"]
+__all__ = ["PARTS", "recognised", "run_demo", "spread"]
 
 PARTS = ("tokenizer", "decoder", "latents", "generator", "samples", "classifier", "score")
 GOALS = {"minutes": 20.0, "psnr": 22.0, "recognised": 0.7}  # of the whole demo on Fashion-MNIST, on two cores
 FEW = 10  # of each class in the picture, and reconstructions in a row
-HIGHEST_DB = 100.0  # of a reconstruction without an error
-
-
-class DemoStopped(RuntimeError):
-    """Somebody stopped a training of the demo; its checkpoint is written, and the same command goes on."""
 
 
 def run_demo(
@@ -78,8 +71,8 @@ def run_demo(
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise RunError("the demo is one process; run it without torchrun")
     out = Path(out)
-    of_training, of_test = _open(data), _open(test)
-    classes = _check_classes(of_training, of_test)
+    of_training, of_test = open_images(data), open_images(test)
+    classes = check_classes(of_training, of_test)
     where = find_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     plan = make_plan(
         out, data, test, images=len(of_training), tested=len(of_test), classes=classes, seed=seed, device=device,
@@ -100,35 +93,6 @@ def run_demo(
             say(f"{name:10} {ledger.seconds(name):7.1f} s   was there")
     found: dict[str, Any] = json.loads((out / "demo.json").read_text(encoding="utf-8"))
     return found
-
-
-def _open(path: str) -> Source:
-    try:
-        return open_source(path)
-    except DataError as error:
-        if path not in INSTALLED:
-            raise
-        raise DataError(f"{error}; or show images of your own, in class folders: --data FOLDER --test FOLDER") from None
-
-
-def _check_classes(data: Source, test: Source) -> int:
-    """How many there are. DataError where a source has none, or they are not the same."""
-    for source in (data, test):
-        if not source.labelled:
-            raise DataError(
-                f"{source.path}: the demo needs images with classes, and these have none: put each class's images into "
-                "a folder of its own"
-            )
-    if data.classes != test.classes:
-        of, there = (", ".join(source.classes[:4]) or "no names" for source in (data, test))
-        raise DataError(
-            f"{test.path} has other classes ({there} ...) than {data.path} ({of} ...): give --test with images of the "
-            "same ones"
-        )
-    count, tested = (1 + max(source.label(i) or 0 for i in range(len(source))) for source in (data, test))
-    if tested > count:
-        raise DataError(f"{test.path} has labels up to {tested - 1}, {data.path} up to {count - 1}; give other ones")
-    return count
 
 
 def _digest(plan: Plan, *sources: Source) -> str:
@@ -168,14 +132,6 @@ class _Demo:
             "score": self.out / "demo.html",
         }[name]
 
-    @contextlib.contextmanager
-    def _bar(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
-        from tqdm.auto import tqdm
-
-        # None: where somebody looks
-        with tqdm(total=total, desc=what, unit="image", disable=True if self.quiet else None) as bar:
-            yield lambda count: (bar.update(count), None)[1]
-
     # ---- the parts
 
     def _train(self, run: TrainingRun) -> str:
@@ -203,7 +159,7 @@ class _Demo:
         )
         run.begin()
         todo, began = run.images_in(run.missing()), time.perf_counter()
-        with self._bar("latents", todo) as tick:
+        with bar("latents", todo, quiet=self.quiet) as tick:
             run.make(tick)
         found = run.finish({"images": todo, "seconds": time.perf_counter() - began})
         return f"{found['images']} images"
@@ -220,16 +176,16 @@ class _Demo:
         about = {"weights": pipeline.fingerprint, "precision": pipeline.precision.name, "device": self.device.type}
         run = SamplingRun(folder, labels, self.plan.seed, self.plan.sampled, about, self.plan.batch)
         run.begin()
-        with self._bar("samples", len(run.missing())) as tick:
+        with bar("samples", len(run.missing()), quiet=self.quiet) as tick:
             cost = run.make(pipeline, tick)
         run.finish(cost)
         return f"{len(labels)} samples, {self.plan.samples} of each class"
 
     def _classifier(self) -> str:
         plan = self.plan
-        with self._bar("reading", plan.images) as tick:
+        with bar("reading", plan.images, quiet=self.quiet) as tick:
             images, labels = read_all(self.data, self.size, plan.images, workers=plan.workers, done=tick)
-        with self._bar("classifier", plan.images * plan.epochs) as tick:
+        with bar("classifier", plan.images * plan.epochs, quiet=self.quiet) as tick:
             model = train_classifier(
                 images, labels, plan.classes, epochs=plan.epochs, seed=plan.seed, device=self.device, done=tick
             )
@@ -241,7 +197,7 @@ class _Demo:
     def _score(self) -> str:
         plan, began = self.plan, time.perf_counter()
         judge = Classifier.load(self.made("classifier"))
-        with self._bar("test images", plan.tested) as tick:
+        with bar("test images", plan.tested, quiet=self.quiet) as tick:
             images, labels = read_all(self.test, self.size, plan.tested, workers=plan.workers, done=tick)
         results = self._reconstructed(images)
         originals = images.permute(0, 2, 3, 1).numpy()
@@ -291,7 +247,7 @@ class _Demo:
         """(N, H, W, 3) uint8 of (N, 3, H, W) uint8."""
         pipeline = Pipeline.from_pretrained(self.made("decoder"), device=self.device)
         parts = []
-        with self._bar("reconstructions", len(images)) as tick:
+        with bar("reconstructions", len(images), quiet=self.quiet) as tick:
             for part in images.split(self.plan.batch):
                 parts.append(to_uint8(pipeline.reconstruct(to_range(part, torch.float32))))
                 tick(len(part))
