@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks._claims import CITED, COMPUTED, MEASURED, Claim, Factor
+from benchmarks._claims import CITED, COMPUTED, MEASURED, SMALL, Claim, Factor
 from benchmarks._report import SIGNS, Row, number
 
 COLOURS = {"public": "#6b7785", "compiled": "#3f7cac", "ours": "#c8324a"}
@@ -21,8 +21,8 @@ GAIN, LOSS, NEUTRAL = "#2e7d5b", "#c25a12", "#6b7785"
 
 
 def colour(factor: Factor) -> str:
-    """Green only for what was gained here: a loss has a colour of its own, a cited number none."""
-    if factor.mark == CITED:
+    """Green only for what was gained here: a loss has a colour of its own, what is of elsewhere has none."""
+    if factor.mark in (SMALL, CITED):
         return NEUTRAL
     return GAIN if factor.ratio >= 1 else LOSS
 
@@ -48,8 +48,8 @@ def chart(path: Path, rows: Sequence[Row], claims: Sequence[Claim], title: str, 
     foot.text(
         0.5,
         0.4,
-        "filled: measured in this run     hollow, †: computed from measured parts     diamond, ‡: cited     "
-        "orange: a loss",
+        "filled: measured in this run     hollow, †: computed from measured parts     diamond, ‡: cited, "
+        "§: of small images, docs/claims.md     orange: a loss",
         ha="center",
         fontsize=10,
         color="#444444",
@@ -59,7 +59,7 @@ def chart(path: Path, rows: Sequence[Row], claims: Sequence[Claim], title: str, 
 
 def _dot(axes: Any, x: float, y: int, colour_: str, mark: str) -> None:
     face = colour_ if mark == MEASURED else "white"
-    axes.plot(x, y, "D" if mark == CITED else "o", ms=9, mec=colour_, mfc=face, mew=1.8, clip_on=False)
+    axes.plot(x, y, "D" if mark in (SMALL, CITED) else "o", ms=9, mec=colour_, mfc=face, mew=1.8, clip_on=False)
 
 
 def _lines(axes: Any, labels: Sequence[str], values: Sequence[float]) -> None:
@@ -117,7 +117,7 @@ def _factors(axes: Any, claim: Claim) -> None:
 def _beside(claim: Claim) -> list[str]:
     """What is not wholly measured here, in small text: the product with such factors in it, and the paper's number."""
     out = []
-    signs = "".join(SIGNS[mark] for mark in (COMPUTED, CITED) if any(f.mark == mark for f in claim.factors))
+    signs = "".join(SIGNS[mark] for mark in (COMPUTED, SMALL, CITED) if any(f.mark == mark for f in claim.factors))
     if signs:
         out.append(f"all factors together: {number(claim.ratio)}x{signs} ({claim.mark})")
     cited = next((line.ratio for line in claim.context if line.mark == CITED), None)

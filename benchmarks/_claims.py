@@ -4,17 +4,21 @@
     a chain of configurations  r0 -> r1 -> ... -> rn, each changing one thing; factor i = rate(ri) / rate(ri-1)
 
 so the factors' product is the end-to-end ratio by construction. Every line carries its mark: `measured` in this run,
-`computed` from counts (or from measured parts), `cited` from the paper (arXiv 2502.03444).
+`computed` from counts (or from measured parts), `small scale`: measured by `maetok-fast demo claims` on small images
+(docs/claims.md), `cited` from the paper (arXiv 2502.03444).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-MEASURED, COMPUTED, CITED = "measured", "computed", "cited"
+MEASURED, COMPUTED, SMALL, CITED = "measured", "computed", "small scale", "cited"
+FOUND = Path(__file__).resolve().parent.parent / "docs" / "measured" / "claims.json"  # what the claims' demo found
 
 CLAIMED_INFERENCE = 3.12 / 0.1  # images/s at 512 px, SiT-XL, one A100: 128 against 1024 tokens
 CLAIMED_TRAINING = 76.0
@@ -47,7 +51,7 @@ class Claim:
     def mark(self) -> str:
         """The weakest mark among the factors: one cited factor makes the product partly cited."""
         marks = {factor.mark for factor in self.factors}
-        return " x ".join(mark for mark in (MEASURED, COMPUTED, CITED) if mark in marks)
+        return " x ".join(mark for mark in (MEASURED, COMPUTED, SMALL, CITED) if mark in marks)
 
     def to_json(self) -> dict:
         return asdict(self) | {"ratio": self.ratio, "mark": self.mark}
@@ -99,6 +103,28 @@ CONVERGENCE = Factor(
 )
 
 
+def convergence(path: Path = FOUND) -> tuple[Factor, list[Factor]]:
+    """Fewer steps to the same quality: what `maetok-fast demo claims` measured on small images, where its result is
+    there, with the cited factor as context; else the cited one and no context."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        equal, settings = found["steps_to_equal"], found["settings"]
+        seeds = equal["classifier"]["seeds"]
+        ratio = math.exp(sum(math.log(one["factor"]) for one in seeds) / len(seeds))
+        fast, slow = (found["variants"][equal[key]] for key in ("fast", "slow"))
+        if found["quick"]:
+            return CONVERGENCE, []
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
+        return CONVERGENCE, []
+    bounds = {one["bound"] for one in seeds} - {""}
+    note = (
+        f"{fast['tokens']} latent tokens to the distance that {slow['tokens']} image tokens have after "
+        f"{settings['generated']:,} steps, {found['data']} at 32 px, {len(seeds)} seed(s), docs/claims.md"
+    )
+    name = f"convergence ({', '.join(sorted(bounds))})" if bounds else "convergence"
+    return Factor(name, ratio, SMALL, note), [replace(CONVERGENCE, name="the paper's convergence")]
+
+
 def per_second(row: Any, name: str) -> float:
     """Images/s of one measured part of a row; 0.0 where it was not measured."""
     value = row.values.get(name) if row is not None else None
@@ -135,7 +161,8 @@ def claims_of(rows: dict[str, Any], counts: dict[str, float], args: argparse.Nam
         found.append(Claim("Sampling rate: the 31x claim", factors, context))
     trained = [per_second(rows.get(key), "train_forward_backward") for key in keys]
     if all(trained):
-        context = training_context(trained[-1] / trained[0], counts["many"] / counts["few"])
-        factors = [*chain(links, trained), CONVERGENCE]
+        fewer, cited = convergence()
+        context = [*training_context(trained[-1] / trained[0], counts["many"] / counts["few"]), *cited]
+        factors = [*chain(links, trained), fewer]
         found.append(Claim("Training to equal quality: the 76x claim", factors, context))
     return found

@@ -1,7 +1,8 @@
 # Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
 """What a run leaves behind: the printed table, the contact sheet and the JSON file (the chart: _chart.py).
 
-Marks: a bare number was measured in this run; † was computed from measured parts or counts; ‡ is cited.
+Marks: a bare number was measured in this run; † was computed from measured parts or counts; § was measured on small
+images by `maetok-fast demo claims`; ‡ is cited.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks._claims import CITED, COMPUTED, MEASURED, Claim, Factor
+from benchmarks._claims import CITED, COMPUTED, MEASURED, SMALL, Claim, Factor
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-SIGNS = {MEASURED: "", COMPUTED: "†", CITED: "‡"}
+SIGNS = {MEASURED: "", COMPUTED: "†", SMALL: "§", CITED: "‡"}
 
 
 @dataclass(frozen=True)

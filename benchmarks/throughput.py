@@ -10,7 +10,8 @@
 
 Sizes are chosen to fit the time budget (--budget), rows in order of importance; what is left out is said.
 Everything compared is timed in turn within this run, and the machine's matmul rate beside it. A number is printed
-bare only if it was measured here; † marks what was computed from measured parts, ‡ what is cited.
+bare only if it was measured here; † marks what was computed from measured parts, § what `maetok-fast demo claims`
+measured on small images, ‡ what is cited.
 """
 
 from __future__ import annotations
