@@ -85,8 +85,8 @@ def throughput(document: dict[str, Any], chart: str | None) -> list[str]:
         f"{arguments['model']}, {arguments['tokens']} tokens, {arguments['res']} px, {arguments['dtype']} "
         f"({'chosen' if arguments.get('precision') == 'auto' else 'asked for'}), {document['seconds']:.0f} s. "
         f"Ceilings in the run: {', '.join(ceilings)}. No sign: measured; †: computed from measured parts; ‡: cited; "
-        f"§: of small images. Images per forward: {document['batch']['few']} at {arguments['tokens']} tokens, {document['batch']['many']} "
-        f"at {(arguments['res'] // 16) ** 2}.",
+        f"§: of small images. Images per forward: {document['batch']['few']} at {arguments['tokens']} tokens, "
+        f"{document['batch']['many']} at {(arguments['res'] // 16) ** 2}.",
         "",
         f"| configuration | {' | '.join(' '.join(heading.split()) for heading in COLUMNS.values())} |",
         "|---|" + "---:|" * len(COLUMNS),

@@ -70,7 +70,7 @@ class Judge:
         basis = pca.basis[: pca.components].float()
         found = cls(judge, (pca.mean.float(), basis), {}, {space: {} for space in SPACES}, 0.0)
         found.accuracy = float((judge.predict(tested) == truth).double().mean())
-        found.reference = {space: Moments.of(found.features(space, tested)) for space in SPACES}
+        found.reference = found.moments(tested)
         for count in sorted(set(counts)):
             # the last ones of the training set: the classifier saw them, as it saw all others
             real = images[-min(count, len(images)) :]
@@ -113,11 +113,15 @@ class Judge:
         self.classifier.eval()
         return torch.cat([self.classifier.features(part) for part in images.split(TOGETHER)])
 
-    def distances(self, images: Tensor) -> dict[str, float]:
-        """The Frechet distance of images (N, 3, S, S) uint8 to the real test images, in each space."""
-        return {
-            space: frechet_distance(Moments.of(self.features(space, images)), self.reference[space]) for space in SPACES
-        }
+    def moments(self, images: Tensor) -> dict[str, Moments]:
+        """Of images (N, 3, S, S) uint8, in each space."""
+        return {space: Moments.of(self.features(space, images)) for space in SPACES}
+
+    def distances(self, images: Tensor, reference: dict[str, Moments] | None = None) -> dict[str, float]:
+        """The Frechet distance of images (N, 3, S, S) uint8 to a reference, None: to the real test images, in each
+        space."""
+        other, own = self.reference if reference is None else reference, self.moments(images)
+        return {space: frechet_distance(own[space], other[space]) for space in SPACES}
 
     def recognised(self, images: Tensor, labels: Tensor) -> float:
         """The share of images that the classifier takes for what they should be."""

@@ -63,6 +63,11 @@ def blocks_of(found: dict[str, Any], drawn: bool = True) -> list[Block]:
     blocks += [
         (
             "p",
+            f"`maetok-fast demo claims --seeds {seeds}` made this page of claims.json; the same command goes on where "
+            "it was stopped, and `--quick` shows in a minute or two that everything works.",
+        ),
+        (
+            "p",
             f"{len(found['variants'])} tokenizers of equal size on {found['data']} at {SIZE} px, "
             f"{settings['steps']:,} steps of {settings['batch']} images and {settings['decoded']:,} of the decoder "
             f"alone, and a small SiT on each one's latents, {settings['generated']:,} steps of "
@@ -77,7 +82,8 @@ def blocks_of(found: dict[str, Any], drawn: bool = True) -> list[Block]:
             f"{found['judge']['floor']['classifier'][str(settings['judged'])]:.3f} and "
             f"{found['judge']['floor']['pixels'][str(settings['judged'])]:.3f}. NLL: nats a dimension of "
             f"{found['components']} standardised principal components of held-out latents, the best of "
-            f"{', '.join(map(str, settings['modes']))} modes. Samples are unguided.",
+            f"{', '.join(map(str, settings['modes']))} modes. Samples are unguided. gFD to real images contains "
+            "what the decoder loses; gFD to reconstructions (of held-out images, by the same tokenizer) does not.",
         ),
         ("h", "Which claims hold here"),
         (
@@ -134,7 +140,7 @@ def _measured(found: dict[str, Any], name: str, *measures: str) -> list[str]:
 
 
 def _ablation(found: dict[str, Any]) -> list[list[str]]:
-    measures = ("psnr_stage_1", "psnr", "rfd", "probe_flat", "nll", "loss", "gfd", "recognised")
+    measures = ("psnr_stage_1", "psnr", "rfd", "probe_flat", "nll", "loss", "gfd", "gfd_own", "recognised")
     rows = [["mask", "latent tokens", "HOG", *(MEASURES[m].title for m in measures)]]
     for name in found["table"]:
         about = found["variants"][name]
@@ -168,7 +174,12 @@ def _equal(found: dict[str, Any]) -> str:
     equal = found["steps_to_equal"]
     fast, slow = (BY_NAME[equal[k]] for k in ("fast", "slow"))
     said = []
-    for space, name in (("classifier", "the classifier's features"), ("pixels", "pixels")):
+    for space, name in (
+        ("classifier", "the classifier's features"),
+        ("pixels", "pixels"),
+        ("classifier_own", "the classifier's features, to each one's own reconstructions"),
+        ("pixels_own", "pixels, to its own reconstructions"),
+    ):
         each = [f"{f['bound']} {f['factor']:.2f}x".strip() for f in equal[space]["seeds"] if f["factor"] is not None]
         said.append(f"in {name} {', '.join(each) or 'not known'}")
     return (
@@ -282,8 +293,8 @@ def _draw(out: Path, found: dict[str, Any]) -> None:
     def steps(drawn: Any, axes: Any) -> None:
         told = (
             ("loss", "diffusion loss", "held-out squared error of the velocity"),
-            ("fd_classifier", "samples, unguided", "gFD (classifier's features)"),
-            ("fd_pixels", "samples, unguided", "gFD of pixels"),
+            ("fd_classifier", "samples, unguided", "gFD to real images"),
+            ("own_classifier", "samples, unguided", "gFD to reconstructions"),
         )
         for ax, (key, title, label) in zip(axes, told):
             _lines(ax, found, key)

@@ -248,19 +248,22 @@ def _generator(work: Work, variant: Variant, seed: int) -> dict[str, Any]:
     log = read_log(Path(run.out) / "log.jsonl")
     loss = [[line["step"], line["validation/velocity"]] for line in log if "validation/velocity" in line]
     trained = [[line["step"], line["velocity"]] for line in log if "velocity" in line]
+    # what the decoder makes of real images' latents: beyond it a generator cannot be better
+    own = work.judge.moments(_reconstructed(MAETok.from_pretrained(_made(work, variant, seed)), work.held_images()[0]))
     curve = []
     for point in range(1, scale.points + 1):
         step = point * scale.every
         last = point == scale.points
         images, labels = _sampled(work, variant, seed, step, scale.judged if last else scale.sampled)
         few = images[: scale.sampled]
-        curve.append({"step": step, "fd": work.judge.distances(few)})
+        curve.append({"step": step, "fd": work.judge.distances(few), "own": work.judge.distances(few, own)})
     _keep(folder / "samples.png", images)
     return {
         "loss": loss,
         "training_loss": trained,
         "curve": curve,
         "gfd": work.judge.distances(images),
+        "gfd_own": work.judge.distances(images, own),
         "recognised": work.judge.recognised(images, labels),
         "steps": run.loop.steps,
         "seconds_per_step": log[-1]["time"] / run.loop.steps if log else None,
