@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -115,13 +116,26 @@ def _one_thread_each() -> Iterator[None]:
 def _pool(processes: int) -> Iterator[ProcessPoolExecutor]:
     count = processes or os.cpu_count() or 1
     # spawn: torch's threads do not survive a fork
-    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"))
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(count, context, initializer=_end_with, initargs=(os.getpid(),))
     try:
         yield pool
     except KeyboardInterrupt:
         raise DemoStopped("stopped") from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _end_with(parent: int) -> None:
+    """In a worker: it ends when its parent does, however that ended. Left alone it would train on, in folders that the
+    same command goes on in."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _run(
