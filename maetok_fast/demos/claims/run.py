@@ -68,13 +68,13 @@ def run_claims(
         judge = Judge.make(out / "judge", data, test, classes, SIZE, counts, limit)
         say(f"judge: right about {judge.accuracy:.1%} of the test images, {time.perf_counter() - began:.0f} s")
     chains: list[Task] = [(v, seed, _parts_of(v)) for seed in range(seeds) for v in VARIANTS]
-    total = sum(len(parts) for _, _, parts in chains) + len(chains)
+    total = sum(len(parts) + v.alike for v, _, parts in chains)
     with bar("claims", total, "part", quiet) as tick, _one_thread_each(), _pool(processes) as pool:
         _run(pool, work, chains, tick, say)
-        found = [work.read("tokenizer", v, seed) for v, seed, _ in chains]
-        components = max(record["components_90"] for record in found if record is not None)
-        work = replace(work, components=components)
-        _run(pool, work, [(v, seed, ("density",)) for v, seed, _ in chains], tick, say)
+        alike = [(v, seed) for v, seed, _ in chains if v.alike]
+        found = [work.read("tokenizer", v, seed) for v, seed in alike]
+        work = replace(work, components=max(r["components_90"] for r in found if r is not None))
+        _run(pool, work, [(v, seed, ("density",)) for v, seed in alike], tick, say)
     from maetok_fast.demos.claims.findings import collect_findings
     from maetok_fast.demos.claims.page import write_claims
 

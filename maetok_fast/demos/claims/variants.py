@@ -103,6 +103,11 @@ class Variant:
         return TOKENS if self.latents else (SIZE // self.patch) ** 2
 
     @property
+    def alike(self) -> bool:
+        """Whether its latent has as many numbers as MAETok's, so that likelihoods compare."""
+        return self.tokens == TOKENS
+
+    @property
     def model(self) -> MAETokConfig:
         size = ViTSize(96, 3, 3)
         return MAETokConfig(
