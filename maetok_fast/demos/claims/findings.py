@@ -101,9 +101,10 @@ CLAIMS = (
         Claim(f"{says} than {BY_NAME[than].title}", measure, "maetok", than, paper)
         for measure, says, paper in (
             ("nll", "MAETok's latents are likelier under a Gaussian mixture, held out,", "Figure 2"),
-            ("probe_flat", "MAETok's latents are told apart better by a linear probe", "Figure 2, Table 4"),
-            ("loss", "MAETok's latents have a lower diffusion loss at equal steps", "Figure 2"),
-            ("gfd", "Samples of MAETok's latents are nearer to real images at equal steps", "Figure 2, Table 1"),
+            ("probe_pooled", "A linear probe tells MAETok's latents, mean-pooled, apart better", "72.3 %; VA-VAE 54.1 %"),
+            ("probe_flat", "A linear probe tells MAETok's latents, flattened, apart better", "72.3 %; VA-VAE 54.1 %"),
+            ("loss", "MAETok's latents have a lower diffusion loss at equal steps", ""),
+            ("gfd", "Samples of MAETok's latents are nearer to real images at equal steps", ""),
             ("gfd_own", "Samples of MAETok's latents are nearer to its own reconstructions at equal steps", ""),
         )
         for than in ("ae", "kl", "softvq")
