@@ -101,8 +101,8 @@ CLAIMS = (
         Claim(f"{says} than {BY_NAME[than].title}", measure, "maetok", than, paper)
         for measure, says, paper in (
             ("nll", "MAETok's latents are likelier under a Gaussian mixture, held out,", "Figure 2"),
-            ("probe_pooled", "A linear probe tells MAETok's latents, mean-pooled, apart better", "72.3 %; VA-VAE 54.1 %"),
-            ("probe_flat", "A linear probe tells MAETok's latents, flattened, apart better", "72.3 %; VA-VAE 54.1 %"),
+            ("probe_pooled", "A probe tells MAETok's latents, mean-pooled, apart better", "72.3 %; VA-VAE 54.1 %"),
+            ("probe_flat", "A probe tells MAETok's latents, flattened, apart better", "72.3 %; VA-VAE 54.1 %"),
             ("loss", "MAETok's latents have a lower diffusion loss at equal steps", ""),
             ("gfd", "Samples of MAETok's latents are nearer to real images at equal steps", ""),
             ("gfd_own", "Samples of MAETok's latents are nearer to its own reconstructions at equal steps", ""),
