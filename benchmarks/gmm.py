@@ -1,9 +1,9 @@
 # Copyright 2026 The maetok_fast authors. Licensed under the Apache License, Version 2.0.
-"""A pass of EM for a Gaussian mixture with full covariances: `fit_gmm`'s, and scikit-learn's GaussianMixture.
+"""A pass of EM for a Gaussian mixture, full or diagonal covariances: `fit_gmm`'s, and scikit-learn's GaussianMixture.
 
     python benchmarks/gmm.py                          50 000 rows, 64 to 256 dimensions, 20 to 100 modes
     python benchmarks/gmm.py --quick                  5 000 rows, two sizes
-    python benchmarks/gmm.py --rows 20k --sizes 128x50,256x20
+    python benchmarks/gmm.py --rows 20k --sizes 128x50,256x20 --covariances diag
 
 Seconds: one pass (densities, statistics, new parameters) of both in turn, round by round, in this process, from the
 same parameters over the same rows; a ratio is of each round's pair. The lower bounds and the parameters that the passes
@@ -12,12 +12,14 @@ multiplies in fp32 and sums in fp64 between blocks.
 
 Rows, two kinds: "apart", of modes whose means differ, as latents have them: a row belongs to one or two modes; and
 "alike", all of one Gaussian, the worst case, in which nothing can be left out. Beside them what matrix products give
-here. GFLOP are what scikit-learn's products are, 4 N K D^2, for both: what ours leaves out counts as done.
+here. GFLOP are what scikit-learn's products are, 4 N K D^2, or 8 N K D for diagonal covariances, for both: what ours
+leaves out counts as done.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import statistics
@@ -44,6 +46,7 @@ from maetok_fast.bench.timing import Spread, rounds
 
 SIZES, QUICK = ((64, 20), (64, 100), (128, 50), (256, 20), (256, 100)), ((64, 20), (128, 20))
 KINDS = ("apart", "alike")
+COVARIANCES = ("full", "diag")
 OURS, THEIRS = "ours", "scikit-learn"
 PRODUCT = 1024  # side of the matrix products beside them
 REGULARISATION = 1e-6
@@ -64,6 +67,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--rows", type=number, help="N (default 50k; 5k with --quick)")
     add("--sizes", type=sizes, help="dimensions x modes, several with commas between")
     add("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="of rows (default both)")
+    add("--covariances", nargs="+", choices=COVARIANCES, default=list(COVARIANCES), help="of modes (default both)")
     add("--seconds", type=_cli.seconds, default=10.0, help="of timing, each size and kind (default 10)")
     add("--quick", action="store_true", help="small sizes, a second each")
     add("--json", type=Path)
@@ -91,24 +95,25 @@ def rows_of(kind: str, count: int, dim: int, modes: int) -> np.ndarray:
     return x
 
 
-def flop(count: int, dim: int, modes: int) -> int:
-    """Of the products of a pass as scikit-learn does them: (x - m) P and the weighted (x - m)^T (x - m)."""
-    return 4 * count * modes * dim**2
+def flop(count: int, dim: int, modes: int, covariance: str) -> int:
+    """Of the products of a pass as scikit-learn does them: (x - m) P and the weighted (x - m)^T (x - m), or those of x
+    and x^2 with precisions and with responsibilities."""
+    return count * modes * (4 * dim**2 if covariance == "full" else 8 * dim)
 
 
-def passes(x: np.ndarray, modes: int) -> dict[str, Callable[[], tuple[float, np.ndarray]]]:
+def passes(x: np.ndarray, modes: int, covariance: str) -> dict[str, Callable[[], tuple[float, np.ndarray]]]:
     """A pass of each side from the same parameters: (lower bound, new means)."""
     from sklearn.mixture import GaussianMixture
 
     rows, double, dim = ArrayRows(x), x.astype(np.float64), x.shape[1]
-    start = fit_gmm(rows, GMMConfig(modes, iterations=2, tolerance=0, regularisation=REGULARISATION))
+    start = fit_gmm(rows, GMMConfig(modes, covariance, iterations=2, tolerance=0, regularisation=REGULARISATION))
     device, size = torch.device("cpu"), block_size(dim, modes)
 
     def ours() -> tuple[float, np.ndarray]:
         found = expectation(rows.blocks(size), start.parameters, rows.dtype, torch.float32, device)
         return found.total / found.rows, maximise(found, start.parameters, 1.0, REGULARISATION).means.numpy()
 
-    theirs = GaussianMixture(modes, reg_covar=REGULARISATION)
+    theirs = GaussianMixture(modes, covariance_type=covariance, reg_covar=REGULARISATION)
 
     def scikit() -> tuple[float, np.ndarray]:
         # its own steps: `fit` would add a start and a pass for the labels
@@ -130,9 +135,9 @@ def same(sides: dict[str, Callable[[], tuple[float, np.ndarray]]]) -> float:
     return difference
 
 
-def measure(count: int, dim: int, modes: int, kind: str, seconds: float) -> dict[str, Any]:
+def measure(count: int, dim: int, modes: int, kind: str, covariance: str, seconds: float) -> dict[str, Any]:
     """{"seconds": way -> one a round, "difference": of the lower bounds, relative}."""
-    sides = passes(rows_of(kind, count, dim, modes), modes)
+    sides = passes(rows_of(kind, count, dim, modes), modes, covariance)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         difference = same(sides)
@@ -141,7 +146,8 @@ def measure(count: int, dim: int, modes: int, kind: str, seconds: float) -> dict
             cases[name] = partial(torch.mm, *(torch.ones(PRODUCT, PRODUCT, dtype=dtype) for _ in range(2)))
             cases[name]()
         found = rounds(cases, torch.device("cpu"), seconds=seconds)
-    return {"rows": count, "dim": dim, "modes": modes, "kind": kind, "seconds": found, "difference": difference}
+    what = {"rows": count, "dim": dim, "modes": modes, "kind": kind, "covariance": covariance}
+    return what | {"seconds": found, "difference": difference}
 
 
 def ratio(seconds: dict[str, list[float]]) -> Spread:
@@ -150,7 +156,7 @@ def ratio(seconds: dict[str, list[float]]) -> Spread:
 
 
 HEAD = (
-    f"  {'D x modes':>10s} {'rows':6s}{'ours ms':>10s}{'theirs ms':>11s}{'GFLOP':>8s}{'ours GFLOP/s':>14s}"
+    f"  {'D x modes':>10s} {'rows':6s}{'cov.':5s}{'ours ms':>10s}{'theirs ms':>11s}{'GFLOP':>8s}{'ours GFLOP/s':>14s}"
     f"{'theirs':>8s}{'fp32':>7s}{'fp64':>7s}{'theirs / ours':>35s}{'bounds differ':>15s}"
 )
 
@@ -158,12 +164,13 @@ HEAD = (
 def line(found: dict[str, Any]) -> str:
     """One of the table; the columns fp32 and fp64 are the rates of matrix products, GFLOP/s."""
     seconds, spread = found["seconds"], ratio(found["seconds"])
-    work = flop(found["rows"], found["dim"], found["modes"]) / 1e9
+    work = flop(found["rows"], found["dim"], found["modes"], found["covariance"]) / 1e9
     ours, theirs = (statistics.median(seconds[name]) for name in (OURS, THEIRS))
     rates = [2 * PRODUCT**3 / 1e9 / statistics.median(seconds[f"{name} product"]) for name in ("fp32", "fp64")]
     quartiles = f"{spread.median:.2f} x ({spread.low:.2f} .. {spread.high:.2f}, {spread.samples} rounds)"
     return (
-        f"  {found['dim']:>4d} x {found['modes']:<3d} {found['kind']:6s}{ours * 1e3:10.1f}{theirs * 1e3:11.1f}"
+        f"  {found['dim']:>4d} x {found['modes']:<3d} {found['kind']:6s}{found['covariance']:5s}"
+        f"{ours * 1e3:10.1f}{theirs * 1e3:11.1f}"
         f"{work:8.1f}{work / ours:14.1f}{work / theirs:8.1f}{rates[0]:7.0f}{rates[1]:7.0f}{quartiles:>35s}"
         f"{found['difference']:15.0e}"
     )
@@ -174,10 +181,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(headline(machine))
     print(f"one pass over {args.rows} rows, {torch.get_num_threads()} threads\n{HEAD}")
     results = []
-    for dim, modes in args.sizes:
-        for kind in args.kinds:
-            results.append(measure(args.rows, dim, modes, kind, args.seconds))
-            print(line(results[-1]), flush=True)
+    for covariance, (dim, modes), kind in itertools.product(args.covariances, args.sizes, args.kinds):
+        results.append(measure(args.rows, dim, modes, kind, covariance, args.seconds))
+        print(line(results[-1]), flush=True)
     if args.json:
         spreads = [asdict(ratio(found["seconds"])) for found in results]
         document = {"benchmark": "gmm", "machine": machine, "arguments": vars(args)}

@@ -26,7 +26,7 @@ from maetok_fast.analysis import (
     nll_curve,
 )
 from maetok_fast.analysis.densities import densities_of, stage_edges
-from maetok_fast.analysis.em import Statistics, expectation, maximise
+from maetok_fast.analysis.em import Statistics, Sums, expectation, maximise
 from maetok_fast.data.caches.cache import LatentCache
 from maetok_fast.models.checkpoints.layout import CheckpointError
 
@@ -118,6 +118,11 @@ def test_a_caches_moments_are_means_or_the_same_draws_each_time(tmp_path: Path) 
     z = (once - means) / torch.from_numpy(cache.items[:, 2:]).reshape(9, 12)
     assert abs(float(z.mean())) < 0.3
     assert 0.8 < float(z.std()) < 1.2
+
+
+def test_rows_whose_sum_overflows_are_finite() -> None:
+    x = np.full((3, 2), 3e38, dtype=np.float32)
+    assert torch.equal(ArrayRows(x).take(np.arange(3)), torch.from_numpy(x))
 
 
 @pytest.mark.parametrize(
@@ -282,6 +287,53 @@ def test_passes_are_scikit_learns(dim: int, modes: int, spread: float, covarianc
     assert ours.score(rows) == pytest.approx(theirs.score(x.astype(np.float64)), rel=1e-6)
     responsibilities = ours.responsibilities(torch.from_numpy(x[:200]))
     np.testing.assert_allclose(responsibilities, theirs.predict_proba(x[:200].astype(np.float64)), atol=1e-4)
+
+
+@pytest.mark.parametrize("covariance", ["full", "diag"])
+@pytest.mark.parametrize(
+    ("dim", "dtype"), [(3, torch.float32), (45, torch.float32), (140, torch.float32), (45, torch.float64)]
+)
+def test_modes_upon_each_other_are_summed_as_products_and_narrow_ones_by_differences(
+    covariance: str, dim: int, dtype: torch.dtype
+) -> None:
+    rng = np.random.default_rng(dim)
+    weights, means = torch.tensor([0.3, 0.3, 0.25, 0.1, 0.05, 0.0]), torch.from_numpy(rng.normal(size=(6, dim)) * 0.1)
+    scales = torch.from_numpy(rng.uniform(0.8, 1.2, (6, dim)))
+    scales[4, 0], means[4, 0] = 1e-6, 2.0  # a narrow one; the last one is emptied
+    mixed = torch.from_numpy(rng.normal(size=(dim, dim)) * 0.1 / dim**0.5) + torch.eye(dim, dtype=torch.float64)
+    covariances = mixed @ torch.diag_embed(scales) @ mixed.T if covariance == "full" else scales
+    gmm = GMM.of(weights, means + 50, covariances)
+    x = torch.from_numpy(drawn(gmm, 2500)).to(dtype)  # more than a chunk, and no multiple of one
+    sums = Sums(gmm.parameters, densities_of(gmm.parameters, dtype, dtype, CPU))
+    for block in x.split(2300):
+        sums.add(block)
+    found = sums.statistics()
+    assert sums._products is not None
+    apart = [] if covariance == "diag" and dtype == torch.float64 else [4]
+    assert ([] if sums._apart is None else sums._apart[0].tolist()) == apart
+
+    logs = torch.from_numpy(log_density(gmm, x.double().numpy()))
+    shares, away = logs.softmax(1), x.double()[:, None] - gmm.means
+    kinds = ("nk,nki,nki->ki",) if covariance == "diag" else ("nk,nki,nkj->kij",)
+    second = torch.einsum(*kinds, shares, away, away)
+    close = {"rtol": 2e-4, "atol": 2e-3} if dtype == torch.float32 else {"rtol": 1e-7, "atol": 1e-7}
+    assert found.rows == 2500
+    assert found.total == pytest.approx(float(logs.logsumexp(1).sum()), rel=1e-6 if dtype == torch.float32 else 1e-10)
+    torch.testing.assert_close(found.mass, shares.sum(0), **close)
+    torch.testing.assert_close(found.first, torch.einsum("nk,nki->ki", shares, away), **close)
+    torch.testing.assert_close(found.second, second, **close)
+    torch.testing.assert_close(found.second[4].reshape(-1)[0], second[4].reshape(-1)[0], rtol=1e-3, atol=0)
+
+
+def test_diagonal_modes_that_are_all_narrow_are_still_exact() -> None:
+    gmm = GMM.of(torch.ones(3), torch.tensor([[-5.0] * 4, [5.0] * 4, [5.02] * 4]), torch.full((3, 4), 1e-3))
+    x = drawn(gmm, 400).astype(np.float32)
+    exact = torch.from_numpy(log_density(gmm, x.astype(np.float64)))
+    np.testing.assert_allclose(gmm.log_prob(torch.from_numpy(x)), exact.logsumexp(1), atol=1e-3)
+    found = expectation([torch.from_numpy(x)], gmm.parameters, torch.float32, torch.float32, CPU)
+    shares, away = exact.softmax(1), torch.from_numpy(x).double()[:, None] - gmm.means
+    torch.testing.assert_close(found.mass, shares.sum(0), rtol=1e-4, atol=0)
+    torch.testing.assert_close(found.second, torch.einsum("nk,nki->ki", shares, away.square()), rtol=1e-3, atol=0)
 
 
 def test_a_narrow_direction_survives_products_in_fp32() -> None:

@@ -6,7 +6,7 @@
 
     fit_gmm:  seeding.py start ──> em.py passes ──> mixture.py GMM, the best of its restarts by the lower bound
 
-The same torch code runs on a CPU and on CUDA, without cupy. Memory is that of a block (32 MB), of its densities, and of
+The same torch code runs on a CPU and on CUDA, without cupy. Memory is that of a block (16 MB), of its densities, and of
 the parameters, K D^2 numbers a few times in fp64; it does not depend on N. The result is a function of the rows, the
 configuration, the device and the number of threads.
 """

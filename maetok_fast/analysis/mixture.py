@@ -28,7 +28,7 @@ from maetok_fast.pipeline.run import written
 __all__ = ["DTYPES", "GMM"]
 
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
-BYTES = 2**25  # of a block, and of the densities of a block
+BYTES = 2**24  # of a block, and of the densities of a block
 
 
 @dataclass(frozen=True)
