@@ -217,6 +217,16 @@ def test_without_labels_what_needs_them_is_left_out_in_a_sentence(tmp_path: Path
     assert "no labels, so nothing to probe for" in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_labels_of_one_class_leave_the_probe_out_and_the_page_is_written(tmp_path: Path) -> None:
+    path = cache(tmp_path / "one", 1.0, 1, labels=False)
+    file = path / "latents_rank00_shard000.safetensors"
+    save_file({"latents": torch.randn(N, TOKENS, CHANNELS), "labels": torch.full((N,), 7)}, file)
+    out = tmp_path / "out"
+    found = analyze([Entry("one", path)], out, settings=asked(parts=("probe", "usage")))
+    assert found["parts"]["probe"]["missing"] == ["one: all training rows are of one class, so nothing to tell apart"]
+    assert (out / "report.html").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -225,6 +235,7 @@ def test_without_labels_what_needs_them_is_left_out_in_a_sentence(tmp_path: Path
         (["near={near}", "--held-out", "fat={far}"], "--held-out fat: none of the tokenizers (near) has that name"),
         (["near={near}", "--parts", "gmm,fid"], "unknown part 'fid'"),
         (["near={near}", "--modes", "1,x"], "--modes: expected whole numbers and commas"),
+        (["near={near}", "--modes", "5000", "--parts", "gmm"], "need as many training rows, there are 160"),
         (["near={near}", "--components", "13", "--parts", "gmm"], "13 components asked for, its latents have 12"),
         (["near={near}", "--test", "photographs"], "give --data"),
         (["none=/nowhere"], "none: /nowhere is no latent cache of a known layout and no MAETok"),

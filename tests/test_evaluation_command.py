@@ -111,6 +111,40 @@ def test_what_is_no_set_is_said_in_a_sentence(tmp_path: Path) -> None:
         open_set(folder, crop="none of these")
     with pytest.raises(SetError, match="expected uint8"):
         ImageSet.of_array(np.zeros((2, 3, 4, 4), np.float32))
+    with pytest.raises(SetError, match=r"b.npz: there is no such file"):
+        open_set(tmp_path / "b.npz")
+    (folder / "000001.png").write_bytes(b"no image")
+    with pytest.raises(SetError, match=r"images: .*000001.png.*mend or remove it"):
+        list(open_set(folder).batches())
+
+
+@pytest.mark.parametrize(("overview", "beside"), [("grid.png", "run.json"), ("compare.png", "metrics.csv")])
+@pytest.mark.parametrize("classes", [False, True])
+def test_the_overview_that_a_command_wrote_beside_its_images_is_none_of_them(
+    overview: str, beside: str, classes: bool, tmp_path: Path
+) -> None:
+    images = pixels(6)
+    if classes:
+        (tmp_path / "out").mkdir()
+        for k in range(2):
+            written(tmp_path / "out" / f"class {k}", images[: 3 + 3 * k])
+    else:
+        written(tmp_path / "out", images)
+    Image.new("RGB", (50, 40)).save(tmp_path / "out" / overview)
+    (tmp_path / "out" / beside).touch()
+    found = open_set(tmp_path / "out")
+    shown = torch.cat(list(found.batches())).numpy().transpose(0, 2, 3, 1)
+    assert np.array_equal(shown, np.concatenate([images[:3], images]) if classes else images)
+    assert (found.labels is None) is not classes
+    assert found.labels is None or found.labels.tolist() == [0] * 3 + [1] * 6
+    (tmp_path / "out" / beside).unlink()  # an image of that name among those of somebody else
+    with pytest.raises(ValueError, match=overview):
+        list(open_set(tmp_path / "out").batches())
+
+
+def test_labels_may_be_any_numbers() -> None:
+    found = ImageSet.of_array(pixels(4), [3, 10**14, 3, 10**14]).balance()
+    assert found == {"classes": 2, "least": 2, "most": 2, "equal": True}
 
 
 # ---- features in parts ---------------------------------------------------------------------------------------------
@@ -158,6 +192,15 @@ def test_parts_of_another_set_or_extractor_are_not_used(tmp_path: Path) -> None:
         rows = collect(images, extractor, tmp_path).array()
         np.testing.assert_array_equal(rows, collect(images, extractor).array())
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_full_disk_is_said_with_the_file_that_had_no_room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(path: Path, write: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("maetok_fast.evaluation.features.written", full)
+    with pytest.raises(ValueError, match=r"about.json: cannot be written \(No space left on device\); make room"):
+        collect(ImageSet.of_array(pixels(4)), counting()[0], tmp_path)
 
 
 def test_a_damaged_part_is_named(tmp_path: Path) -> None:
@@ -332,6 +375,8 @@ def test_the_command_writes_what_it_says_and_a_second_run_gives_the_same_file(tm
         (["--reference", "A", "--weights", "dinov2=random"], "dinov2 is none of the extractors (inception)"),
         (["--reference", "A", "--reconstruction"], "give --out"),
         (["--reference", "A", "--metrics", "fid", "--extractors", "random"], "unknown metric fid"),
+        (["--reference", "A", "--metrics", "", "--extractors", "random"], "no metrics to measure"),
+        (["--save-statistics", "mine", "--extractors", "random"], "a name that ends in .npz"),
         (["--reference", "missing"], "missing"),
     ],
 )
@@ -366,4 +411,5 @@ def test_reconstructions_are_measured_in_pairs_and_as_a_set(tmp_path: Path) -> N
     error = ((images.astype(np.float64) - images // 2) ** 2).mean((1, 2, 3))
     assert found["reconstruction"]["psnr"]["mean"] == pytest.approx((10 * np.log10(255**2 / error)).mean(), rel=1e-5)
     assert "PSNR (dB)" in said.output
+    assert "Not measured: MS-SSIM: needs images of 176 px" in said.output
     assert (out / "per_image.csv").exists()

@@ -60,7 +60,7 @@ def mixtures(
 ) -> dict[str, dict[str, Any]]:
     """For each subject: "components" K, "own_components", "explained" by K, "curve": for each number of modes the train
     and held-out NLL (nats per dimension: mean and error over seeds), and "reach": the modes needed for NLLs that all
-    subjects reach. RunError where K components cannot be had."""
+    subjects reach. RunError where K components cannot be had, or not one of the numbers of modes."""
     told = {s.name: components.told(s, store) for s in subjects}
     count = settings.components or max(one["components"] for one in told.values())
     for s in subjects:
@@ -68,6 +68,11 @@ def mixtures(
             raise RunError(
                 f"{s.name}: {count} components asked for, its latents have {told[s.name]['dims']} dimensions; give "
                 f"--components {min(one['dims'] for one in told.values())} or less"
+            )
+        if min(settings.modes) > len(s.train):
+            raise RunError(
+                f"{s.name}: mixtures of {min(settings.modes)} modes and more need as many training rows, there are "
+                f"{len(s.train)}; give smaller --modes, or more images"
             )
     found = {}
     for s in subjects:

@@ -57,6 +57,9 @@ def probes(work: Work) -> Found:
         if not s.labelled:
             found.lacks("no labels, so nothing to probe for", s.name)
             continue
+        if s.train.labels is not None and len(np.unique(s.train.labels)) < 2:
+            found.lacks("all training rows are of one class, so nothing to tell apart", s.name)
+            continue
         key = {"rows": s.digest, "seeds": settings.seeds, "seed": settings.seed, "sklearn": find("sklearn").version}
 
         def compute(tick: Callable[[str], None], s: Subject = s) -> dict[str, Any]:

@@ -74,6 +74,10 @@ def evaluate(
             raise ValueError("several processes share features on disk: give --out or --features")
         if not reference and (reconstruction or floor or not save_statistics):
             raise ValueError("nothing to compare with: give --reference, or --save-statistics FILE.npz alone")
+        if save_statistics and not save_statistics.lower().endswith(".npz"):
+            raise ValueError(
+                f"--save-statistics {save_statistics}: give it a name that ends in .npz, or nothing reads it"
+            )
         if reconstruction and folder is None:
             raise ValueError("--reconstruction writes per_image.csv and worst.png: give --out")
         names = [name.strip() for name in extractors.split(",") if name.strip()]
@@ -112,8 +116,8 @@ def evaluate(
 
 def _measure(comparison: Comparison, folder: Path | None, pairs: dict[str, str] | None) -> None:
     """pairs: weights of what compares pair by pair; None where nothing is to."""
+    from maetok_fast.evaluation.features import keep
     from maetok_fast.evaluation.result import markdown, text
-    from maetok_fast.pipeline.run import written
 
     result = comparison.measure()
     if pairs is not None and folder is not None:
@@ -131,8 +135,8 @@ def _measure(comparison: Comparison, folder: Path | None, pairs: dict[str, str] 
                 tick=tick,
             )
     if folder is not None:
-        written(folder / "evaluation.json", lambda p: p.write_text(json.dumps(result, indent=1) + "\n"))
-        written(folder / "evaluation.md", lambda p: p.write_text(markdown(result)))
+        keep(folder / "evaluation.json", lambda p: p.write_text(json.dumps(result, indent=1) + "\n"))
+        keep(folder / "evaluation.md", lambda p: p.write_text(markdown(result)))
     typer.echo(text(result))
     if folder is not None:
         typer.echo(f"\n{folder / 'evaluation.json'}, {folder / 'evaluation.md'}")

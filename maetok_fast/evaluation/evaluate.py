@@ -68,6 +68,8 @@ class Comparison:
         unknown = sorted(set(self.metrics) - set(METRICS))
         if unknown:
             raise ValueError(f"unknown metric {', '.join(unknown)}: expected some of {', '.join(METRICS)}")
+        if not self.metrics:
+            raise ValueError(f"no metrics to measure: give some of {', '.join(METRICS)}")
         names = [e.name for e in self.extractors]
         if not names or len(set(names)) != len(names):
             raise ValueError(f"expected one extractor or several, each once, got {', '.join(names) or 'none'}")

@@ -27,7 +27,7 @@ from maetok_fast.evaluation.moments import Moments
 from maetok_fast.evaluation.sets import ImageSet, SetError
 from maetok_fast.pipeline.run import RunError, make_folder, written
 
-__all__ = ["PART", "Features", "collect", "extract_parts"]
+__all__ = ["PART", "Features", "collect", "extract_parts", "keep"]
 
 PART = 512  # images: at 2048 + 2023 numbers a file of 8 MB
 Tick = Callable[[int], None]
@@ -91,7 +91,7 @@ def extract_parts(
     make_folder(place)
     if process == 0:
         about = {"set": images.path, "fingerprint": images.fingerprint, "part": part, **extractor.about}
-        written(place / "about.json", lambda p: p.write_text(json.dumps(about, indent=1) + "\n"))
+        keep(place / "about.json", lambda p: p.write_text(json.dumps(about, indent=1) + "\n"))
     for at in range(process, _parts(images, part), processes):
         to = _name(place, at)
         if to.exists():
@@ -99,7 +99,18 @@ def extract_parts(
                 tick(min(part, len(images) - at * part))
             continue
         arrays = _part(images, extractor, at, batch, part, tick)
-        written(to, lambda p, arrays=arrays: _save(p, arrays))  # type: ignore[misc]
+        keep(to, lambda p, arrays=arrays: _save(p, arrays))  # type: ignore[misc]
+
+
+def keep(path: Path, write: Callable[[Path], Any]) -> None:
+    """Writes a file whole or not at all; RunError naming it where there is no room, or no right to."""
+    try:
+        written(path, write)
+    except OSError as error:
+        raise RunError(
+            f"{path}: cannot be written ({error.strerror or error}); make room, or give another --out; the same "
+            "command goes on"
+        ) from error
 
 
 def _parts(images: ImageSet, part: int) -> int:

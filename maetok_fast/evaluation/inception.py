@@ -63,7 +63,8 @@ def create_inception(weights: str | os.PathLike[str] = "hub", **options: Any) ->
             state, _ = read_weights(path)
             network.load_state_dict(state)
         except (CheckpointError, RuntimeError, TypeError, AttributeError) as error:
-            first = str(error).splitlines()[0]
+            # what torch lists of a state that does not fit are hundreds of names
+            first = str(error).splitlines()[0] if isinstance(error, CheckpointError) else "other tensors than its own"
             raise ExtractorError(f"inception: {path} is no {FILES[0]} ({first}); {_how()}") from error
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         known = "the published weights" if digest.startswith(HASH) else "NOT the published weights"

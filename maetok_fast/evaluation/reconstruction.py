@@ -131,7 +131,7 @@ def measure_reconstructions(
         "lpips": _result(columns, reasons, "lpips", about_lpips),
         "worst_by": "lpips" if "lpips" in columns else "psnr",
         "worst": [{"image": labels[i]} | {n: _number(v[i]) for n, v in columns.items()} for _, i, _, _ in worst],
-        "traps": _traps(done, about_lpips),
+        "traps": _traps(done, about_lpips, pairs.how),
     }
     written(out / "per_image.csv", lambda p: _table(p, labels, columns))
     _picture(out / "worst.png", worst, labels, columns)
@@ -143,9 +143,10 @@ def measure_reconstructions(
 
 
 def pair(originals: Images, results: Images) -> Pairs:
-    """By name where the stems of both sets are the same, whatever the order and the suffixes ("a.jpg" and "a.png",
-    "a.jpg.png"); by order where they have no name in common. One result too many that is called compare.png, as
-    `maetok-fast reconstruct` calls its overview, is left out. RunError where only some match, or the counts differ."""
+    """By name where the stems of both sets are the same, whatever the order, the suffixes ("a.jpg" and "a.png",
+    "a.jpg.png") and, where file names are unique, the folders; by order where they have no name in common. One result
+    too many that is called compare.png, as `maetok-fast reconstruct` calls its overview, is left out. RunError where
+    only some match, or the counts differ."""
     names, others = (None if s.names is None else list(s.names) for s in (originals, results))
     count, kept = len(originals), list(range(len(results)))
     if others is not None and len(others) == count + 1 and _OVERVIEW in others:
@@ -165,6 +166,11 @@ def pair(originals: Images, results: Images) -> Pairs:
     lonely = [name for name, stem in zip(names, stems) if stem not in places]
     if not lonely:
         return Pairs([places[stem] for stem in stems], "by name", names)
+    # one of the sets lies in class folders and the other does not
+    bare = {PurePosixPath(stem).name: i for stem, i in places.items()}
+    own = [PurePosixPath(stem).name for stem in stems]
+    if len(bare) == count and set(own) == set(bare):
+        return Pairs([bare[name] for name in own], "by name, without folders", names)
     if len(lonely) == count:
         return Pairs(kept, f"by order: no name is in both sets ({names[0]}, {others[kept[0]]})", names)
     raise RunError(
@@ -297,7 +303,7 @@ def _lpips(weights: dict[str, str], device: torch.device) -> tuple[Any, str]:
         if vgg != "hub" or heads is not None:
             raise
         said = str(error).replace("vgg=", "--weights lpips=").replace(" (in a run: loss.--weights lpips=...)", "")
-        return None, f"not measured: {said}"
+        return None, said.removeprefix("LPIPS: ")
     kind = "RANDOM weights (the number means nothing outside of this comparison)" if vgg == "random" else vgg
     about = f"version 0.1, VGG16, fp32, pixels in [-1, 1]; weights: {kind}, fingerprint {weights_fingerprint(model)}"
     return model.to(device), about
@@ -347,8 +353,9 @@ def _treatment(images: Images) -> str:
     return str(getattr(images, "treatment", "unknown"))
 
 
-def _traps(count: int, about_lpips: str) -> list[str]:
-    found = [
+def _traps(count: int, about_lpips: str, how: str) -> list[str]:
+    found = [f"pairs are {how}: see in worst.png that they are pairs"] if how.startswith("by order") else []
+    found += [
         "the public evaluation script computes SSIM with data_range=2 of pixels in [0, 1], which makes it higher: its "
         "numbers are not comparable with these",
         "SSIM that averages over padded borders too (torchmetrics since its pull request 2721) differs by about 0.01",

@@ -167,7 +167,9 @@ def _by(images: ImageSet) -> str:
 
 def markdown(result: dict[str, Any]) -> str:
     """A table of numbers, how they were computed, and the traps."""
-    lines = ["# Evaluation", "", *_rows(_numbers(result)), "", "## How", "", *_rows(_how(result))]
+    numbers, reasons = _numbers(result)
+    lines = ["# Evaluation", "", *_rows(numbers), "", *(f"- {reason}" for reason in reasons), *[""] * bool(reasons)]
+    lines += ["## How", "", *_rows(_how(result))]
     if found := _traps(result):
         lines += ["", "## Read before comparing", "", *(f"- {trap}" for trap in found)]
     return "\n".join(lines) + "\n"
@@ -175,7 +177,8 @@ def markdown(result: dict[str, Any]) -> str:
 
 def text(result: dict[str, Any]) -> str:
     """The same, for a terminal."""
-    lines = [*_columns(_numbers(result)), ""]
+    numbers, reasons = _numbers(result)
+    lines = [*_columns(numbers), "", *(_wrapped(reason, "", "  ") for reason in reasons), *[""] * bool(reasons)]
     how = _how(result)[1:]
     width = max(len(name) for name, _ in how) + 2
     for name, said in how:
@@ -196,14 +199,17 @@ def _traps(result: dict[str, Any]) -> list[str]:
     return [*result["traps"], *(f"{t[:1].upper()}{t[1:].rstrip('.')}." for t in of_pairs)]
 
 
-def _numbers(result: dict[str, Any]) -> list[list[str]]:
+def _numbers(result: dict[str, Any]) -> tuple[list[list[str]], list[str]]:
+    """(rows of the table, a sentence for each number that is not there)"""
+    reasons: dict[str, list[str]] = {}
     rows = [["metric", "value", "95 % interval", "features", "samples", "reference"]]
     for m in result["metrics"]:
         interval = f"{m['low']:.4g} to {m['high']:.4g}" if "low" in m else ""
         if m.get("std_of_splits"):
             interval = f"std of splits {m['std_of_splits']:.3g}"
         if m["value"] is None:
-            interval = f"not measured: {m['why']}"
+            interval = "not measured"
+            reasons.setdefault(m["why"], []).append(m["name"])
         value = "-" if m["value"] is None else f"{m['value']:.5g}"
         counts = [_count(m.get(key)) if key in m else "" for key in ("samples", "reference")]
         rows.append([m["name"], value, interval, m["extractor"], *counts])
@@ -214,8 +220,9 @@ def _numbers(result: dict[str, Any]) -> list[list[str]]:
             interval = f"standard error {about['standard_error']:.3g}" if about.get("standard_error") else ""
             rows.append([name, f"{about['mean']:.5g}", interval, "pairs of pixels", *[_count(pairs.get("images"))] * 2])
         elif about is not None:
-            rows.append([name, "-", f"not measured: {about['reason']}", "pairs of pixels", "", ""])
-    return rows
+            rows.append([name, "-", "not measured", "pairs of pixels", "", ""])
+            reasons.setdefault(about["reason"], []).append(name)
+    return rows, [f"Not measured: {', '.join(names)}: {why.rstrip('.')}." for why, names in reasons.items()]
 
 
 def _how(result: dict[str, Any]) -> list[list[str]]:
@@ -228,7 +235,8 @@ def _how(result: dict[str, Any]) -> list[list[str]]:
         said = "labels not known"
         if labels is not None:
             balance = "equal" if labels["equal"] else "not equal"
-            said = f"{labels['classes']:,} classes, {labels['least']:,} to {labels['most']:,} images each ({balance})"
+            each = f"{labels['least']:,}" + (f" to {labels['most']:,}" if labels["most"] > labels["least"] else "")
+            said = f"{labels['classes']:,} class{'es' * (labels['classes'] > 1)}, {each} images each ({balance})"
         pixels = f"{about['images']:,} images of {about['pixels']} px, {about['treatment']}, {said}"
         rows.append([key, f"{about['path']}: {pixels if about['images'] else 'statistics alone'}"])
     for extractor in result["extractors"]:

@@ -27,13 +27,16 @@ import torch
 from torch import Tensor
 
 from maetok_fast.data.adm import AdmFile
-from maetok_fast.data.images import CROPS, decoded, load_image, opened, reading, to_uint8
+from maetok_fast.data.images import CROPS, ImageError, decoded, load_image, opened, reading, to_uint8
 from maetok_fast.data.samples import Source
 from maetok_fast.data.sources import FileSource, open_source
+from maetok_fast.pipeline.folders import names_of
 
 __all__ = ["ImageSet", "SetError", "open_set"]
 
 _LOOKED_INTO = 64  # samples whose bytes are part of the fingerprint
+# pictures of what lies beside them, by what their commands write too: sample, reconstruct, evaluate --reconstruction
+_OVERVIEWS = {"grid.png": "run.json", "compare.png": "metrics.csv", "worst.png": "per_image.csv"}
 
 
 class SetError(ValueError):
@@ -92,8 +95,7 @@ class ImageSet:
         """{"classes", "least", "most", "equal"} of the labels; None where there are none. equal: to one image."""
         if self.labels is None or not self.labels_known:
             return None
-        counts = np.bincount(self.labels)
-        counts = counts[counts > 0]
+        _, counts = np.unique(self.labels, return_counts=True)  # labels may be any numbers
         least, most = int(counts.min()), int(counts.max())
         return {"classes": len(counts), "least": least, "most": most, "equal": most - least <= 1}
 
@@ -187,11 +189,15 @@ class _Files(ImageSet):
             yield _channels_first(np.stack(images))
 
     def _pixels(self, i: int) -> np.ndarray:
-        content, name = self.source.read(i), self.source.name(i)
-        if self.size is not None:
-            return to_uint8(load_image(name, self.size, crop=self.crop, content=content)[None])[0]
-        with reading(name), opened(io.BytesIO(content)) as image:
-            return np.asarray(decoded(image))
+        name = self.source.name(i)
+        try:
+            content = self.source.read(i)
+            if self.size is not None:
+                return to_uint8(load_image(name, self.size, crop=self.crop, content=content)[None])[0]
+            with reading(name), opened(io.BytesIO(content)) as image:
+                return np.asarray(decoded(image))
+        except ImageError as error:
+            raise SetError(f"{self.source.path}: {error}; mend or remove it: a set is measured whole") from error
 
 
 def open_set(
@@ -200,7 +206,8 @@ def open_set(
     """The set that a path names.
 
     a .npz            ADM's layout: arr_0 uint8 (N, H, W, 3), arr_1 labels; or statistics alone (mu, sigma)
-    anything else     what `open_source` takes: a folder, a tar, a list, an installed set ("fashion-mnist:test")
+    anything else     what `open_source` takes: a folder, a tar, a list, an installed set ("fashion-mnist:test"); of
+                      folders that `sample` and `reconstruct` wrote without their overviews, grid.png and compare.png
 
     size: resize and crop ("center", "adm") to so many pixels; None: images as they are, of one size. limit: the
     first so many. SetError, AdmError, DataError or ImageError says in a sentence what is wrong.
@@ -212,6 +219,8 @@ def open_set(
             raise SetError(f"{name} must be at least 1, got {value}")
     text = os.fspath(path)
     if text.lower().endswith(".npz"):
+        if not Path(text).exists():
+            raise SetError(f"{text}: there is no such file")
         file = AdmFile(text)
         if file.shape is None:
             return ImageSet(text, 0, None, hashlib.sha256(_checksums(file.path).encode()).hexdigest(), stored=file)
@@ -225,8 +234,24 @@ def open_set(
         return _Npz(file, min(len(file), limit or len(file)))
     if Path(text).is_file() and not text.lower().endswith((".tar", ".txt", ".tgz", ".gz")):
         raise SetError(f"{text}: expected a folder, a .npz, a .tar or a list (.txt) of images")
-    source = open_source(text)
+    source = _source(text)
     return _Files(source, min(len(source), limit or len(source)), size, crop)
+
+
+def _source(text: str) -> Source:
+    """open_source's; of a folder that this package's commands wrote, without the overview picture among the images."""
+    root = Path(text)
+    overviews = {name for name, beside in _OVERVIEWS.items() if (root / name).is_file() and (root / beside).is_file()}
+    if not overviews:
+        return open_source(text)
+    found = [name for name in names_of(root) if not any(part.startswith(".") for part in name.split("/"))]
+    names = [name for name in found if name not in overviews]
+    classes = sorted({name.split("/")[0] for name in names if "/" in name})
+    if not names or (classes and any("/" not in name for name in names)):
+        return open_source(text)  # says what is wrong
+    labels = [classes.index(name.split("/")[0]) if classes else None for name in names]
+    sizes = [(name, (root / name).stat().st_size) for name in names]
+    return FileSource(text, root, sizes, labels, [False] * len(names), classes)
 
 
 def _channels_first(images: np.ndarray) -> Tensor:
