@@ -189,20 +189,25 @@ def test_cited_numbers_are_the_papers():
     assert lines["left of the claim"].ratio == pytest.approx(3.47, abs=0.01)
 
 
-def test_convergence_is_cited_until_the_claims_demo_measured_it_and_then_marked_small(tmp_path: Path):
+def test_convergence_is_cited_unless_the_claims_demo_measured_what_can_be_reached(tmp_path: Path):
     path = tmp_path / "claims.json"
     assert _claims.convergence(path) == (_claims.CONVERGENCE, [])
     seeds = [{"factor": 2.0, "bound": ""}, {"factor": 8.0, "bound": "at least"}]
+    equal = {"fast": "a", "slow": "b", "reachable": True, "classifier": {"seeds": seeds}}
+    equal["classifier_own"] = {"seeds": [{"factor": 9.0, "bound": ""}]}
     variants = {"a": {"tokens": 16}, "b": {"tokens": 64}}
     found = {"quick": False, "data": "d", "settings": {"generated": 1000}, "variants": variants}
-    path.write_text(json.dumps(found | {"steps_to_equal": {"fast": "a", "slow": "b", "classifier": {"seeds": seeds}}}))
+    path.write_text(json.dumps(found | {"steps_to_equal": equal}))
     factor, context = _claims.convergence(path)
-    assert factor.ratio == pytest.approx(4.0)
-    assert (factor.mark, factor.name) == (_claims.SMALL, "convergence (at least)")
+    assert (factor.ratio, factor.mark) == (pytest.approx(4.0), _claims.SMALL)
     assert [line.ratio for line in context] == [_claims.CONVERGENCE.ratio]
     assert Claim("c", [Factor("tokens", 2.0, MEASURED), factor]).mark == "measured x small scale"
-    path.write_text(path.read_text().replace('"quick": false', '"quick": true'))
-    assert _claims.convergence(path)[0].mark == CITED
+    path.write_text(json.dumps(found | {"steps_to_equal": equal | {"reachable": False}}))
+    factor, context = _claims.convergence(path)
+    assert factor == _claims.CONVERGENCE
+    assert [(round(line.ratio, 6), line.mark) for line in context] == [(4, _claims.SMALL), (9, _claims.SMALL)]
+    path.write_text(json.dumps(found | {"quick": True, "steps_to_equal": equal}))
+    assert _claims.convergence(path) == (_claims.CONVERGENCE, [])
 
 
 def test_guided_steps():

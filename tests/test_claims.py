@@ -82,6 +82,13 @@ def test_a_quick_run_says_that_its_numbers_mean_nothing_and_leaves_the_page_its_
     assert html.count("data:image/png;base64,") == markdown.count(".png)") >= 1
 
 
+def test_the_page_in_docs_is_that_of_the_committed_result() -> None:
+    docs = Path(__file__).resolve().parent.parent / "docs"
+    found = json.loads((docs / "measured" / "claims.json").read_text(encoding="utf-8"))
+    made = page._markdown(page.blocks_of(found)).replace("](claims-", "](measured/claims-")
+    assert (docs / "claims.md").read_text(encoding="utf-8").startswith(made)
+
+
 # ---- what decides ---------------------------------------------------------------------------------------------------
 
 

@@ -72,6 +72,7 @@ MEASURES: dict[str, Measure] = {
     "rfd_pixels": Measure("rFD of pixels", _of("tokenizer", "rfd", "pixels"), 3, "lower"),
     "probe_pooled": Measure("probe, pooled", _of("tokenizer", "probe_pooled"), 4, "higher"),
     "probe_flat": Measure("probe, flattened", _of("tokenizer", "probe_flat"), 4, "higher"),
+    "components_90": Measure("components of 90 %", _of("tokenizer", "components_90"), 0, "lower"),
     "nll": Measure("held-out NLL, full covariances", _likelihood("full"), 4, "lower"),
     "nll_diag": Measure("held-out NLL, diagonal", _likelihood("diag"), 4, "lower"),
     "loss": Measure("diffusion loss", _last_loss, 4, "lower"),
@@ -289,4 +290,10 @@ def _equal(records: dict[str, list[dict[str, Record]]]) -> dict[str, Any]:
                     curves = ([(p["step"], p[key][space]) for p in r["generator"]["curve"]] for r in (fast, slow))
                     factors.append(steps_to_equal(*curves))
             found[space + name] = {"seeds": factors, "factor": summary([f["factor"] for f in factors])}
+    decoded, wanted = (
+        summary([value(r) for r in records[name]])
+        for name, value in (("maetok", MEASURES["rfd"].value), ("kl-2d", MEASURES["gfd"].value))
+    )
+    # beyond what its decoder loses no generator brings it
+    found["reachable"] = decoded is not None and wanted is not None and decoded["mean"] < wanted["mean"]
     return found

@@ -72,7 +72,8 @@ def blocks_of(found: dict[str, Any], drawn: bool = True) -> list[Block]:
             f"{settings['steps']:,} steps of {settings['batch']} images and {settings['decoded']:,} of the decoder "
             f"alone, and a small SiT on each one's latents, {settings['generated']:,} steps of "
             f"{settings['generator_batch']}; {seeds} seed(s). {SIZE // 8}x{SIZE // 8} patches, 16 latent tokens of "
-            "width 8; HOG is the only auxiliary target. Values are means over seeds, ± one standard error.",
+            "width 8; HOG is the only auxiliary target. Values are means over seeds, ± one standard error; "
+            "without one they are of a single seed.",
         ),
         (
             "p",
@@ -152,17 +153,9 @@ def _ablation(found: dict[str, Any]) -> list[list[str]]:
 
 def _tokenizers(found: dict[str, Any]) -> list[list[str]]:
     measures = (
-        "psnr",
-        "rfd",
-        "probe_pooled",
-        "probe_flat",
-        "nll",
-        "nll_diag",
-        "loss",
-        "gfd",
-        "gfd_pixels",
-        "recognised",
-    )
+        "psnr", "rfd", "probe_pooled", "probe_flat", "components_90", "nll", "nll_diag", "loss", "gfd", "gfd_pixels",
+        "gfd_own", "recognised",
+    )  # fmt: skip
     rows = [["", "latent", *(MEASURES[m].title for m in measures)]]
     for name in COMPARED:
         about = found["variants"][name]
@@ -173,6 +166,12 @@ def _tokenizers(found: dict[str, Any]) -> list[list[str]]:
 def _equal(found: dict[str, Any]) -> str:
     equal = found["steps_to_equal"]
     fast, slow = (BY_NAME[equal[k]] for k in ("fast", "slow"))
+    unreached = (
+        ""
+        if equal["reachable"]
+        else f" {fast.title}'s decoder alone loses more than that: no generator of its latents could be as near to "
+        "real images, and the distance to its own reconstructions is what speaks of generators."
+    )
     said = []
     for space, name in (
         ("classifier", "the classifier's features"),
@@ -186,7 +185,7 @@ def _equal(found: dict[str, Any]) -> str:
         f"{fast.title}'s {fast.tokens} latent tokens against a {slow.title}: how many times fewer steps a generator "
         "of the same size takes to the distance that the other one has at its last step, one number a seed: "
         f"{'; '.join(said)}. Both are unguided, {found['settings']['sampled']:,} samples at each checkpoint, linear "
-        "between them. A step of the many tokens also costs more."
+        f"between them.{unreached} A step of the many tokens also costs more."
     )
 
 
@@ -301,6 +300,8 @@ def _draw(out: Path, found: dict[str, Any]) -> None:
             _plain(ax, title, "steps of the generator", label)
             if key != "loss":
                 ax.set_yscale("log")
+                for axis_of in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
+                    axis_of("{x:g}")
         axes[0].legend(frameon=False, fontsize=8)
 
     figure("claims-modes.png", 2, modes)
