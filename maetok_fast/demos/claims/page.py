@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import base64
 import html
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -242,7 +243,8 @@ def _page(out: Path, blocks: Sequence[Block]) -> str:
         if kind == "h":
             body.append(f"<h{1 if k == 0 else 2}>{html.escape(content[0])}</h{1 if k == 0 else 2}>")
         elif kind == "p":
-            body.append(f"<p>{html.escape(content[0])}</p>")
+            code = re.sub("`(.+?)`", r"<code>\1</code>", html.escape(content[0]))
+            body.append(f"<p>{code}</p>")
         elif kind == "picture":
             data = base64.b64encode((out / content[0]).read_bytes()).decode()
             body.append(
@@ -252,7 +254,7 @@ def _page(out: Path, blocks: Sequence[Block]) -> str:
         else:
             head, *rows = content[0]
             cells = ["<tr>" + "".join(f"<th>{html.escape(c)}" for c in head) + "</tr>"]
-            cells += ["<tr>" + "".join(f"<td class=text>{_bold(c)}" for c in row) + "</tr>" for row in rows]
+            cells += ["<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows]
             body.append(f'<div class="wide"><table>{"".join(cells)}</table></div>')
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -262,9 +264,12 @@ def _page(out: Path, blocks: Sequence[Block]) -> str:
     )  # fmt: skip
 
 
-def _bold(cell: str) -> str:
-    text = html.escape(cell)
-    return f"<b>{text[2:-2]}</b>" if text.startswith("**") and text.endswith("**") else text
+def _cell(text: str) -> str:
+    """Sentences may be broken into lines, numbers not."""
+    said = html.escape(text)
+    if said.startswith("**") and said.endswith("**"):
+        said = f"<b>{said[2:-2]}</b>"
+    return f"<td{' class=text' if len(text) > 24 else ''}>{said}"
 
 
 # ---- pictures ------------------------------------------------------------------------------------------------------
