@@ -220,7 +220,7 @@ from maetok_fast.data.loader import Batches
 from maetok_fast.data.sources import open_source
 from maetok_fast.data.views import View
 batches = Batches(open_source({str(folder)!r}), View(16), 5, seed=0, workers=2, decoder="pil")
-next(batches)
+next(batches), next(batches)  # one of each worker: a signal before that meets a process that only begins
 print(open(f"/proc/{{os.getpid()}}/task/{{os.getpid()}}/children").read(), flush=True)
 if sys.argv[1] == "ctrl-c":
     os.killpg(0, signal.SIGINT)
