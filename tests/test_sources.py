@@ -338,3 +338,14 @@ def test_a_file_that_went_away_or_became_shorter_is_an_image_error(tmp_path):
     path.write_bytes(path.read_bytes()[:700])
     with pytest.raises(ImageError, match=r"s\.tar/a\.jpg: .* ends 412 bytes too early"):
         source.read(0)
+
+
+def test_overviews_that_commands_write_beside_images_are_no_samples(tmp_path):
+    from PIL import Image
+
+    for name in ("000.png", "001.png", "grid.png", "compare.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    assert len(open_source(tmp_path)) == 4  # of somebody else: pictures like others
+    (tmp_path / "run.json").write_text("{}")
+    source = open_source(tmp_path)
+    assert [source.name(i) for i in range(len(source))] == ["000.png", "001.png", "compare.png"]

@@ -22,6 +22,9 @@ from maetok_fast.data.tars import TarSource, expand
 
 __all__ = ["DataError", "FileSource", "Source", "open_source"]
 
+# pictures of what lies beside them, by what their commands write too: sample, reconstruct, evaluate --reconstruction
+OVERVIEWS = {"grid.png": "run.json", "compare.png": "metrics.csv", "worst.png": "per_image.csv"}
+
 
 class FileSource(Source):
     """Images in files of their own: names are paths below `root`, or whole ones; captions, files of the same stem."""
@@ -64,7 +67,8 @@ def open_source(path: str | Path) -> Source:
     list (.txt)     one path a line, from the list's folder or absolute, and after a TAB its label where it has one
     a name          "photographs", "fashion-mnist", "fashion-mnist:test": what a package manager installs (installed.py)
 
-    Folders whose names start with a dot are not looked into, links are followed. DataError, naming what is wrong, where
+    Folders whose names start with a dot are not looked into, links are followed; the overview pictures that this
+    package's commands write beside images are none of them. DataError, naming what is wrong, where
     it is none of these or has no images.
     """
     text = os.fspath(path)
@@ -111,10 +115,11 @@ def _is_tar(name: str) -> bool:
 
 
 def _folder(root: Path) -> FileSource:
-    found: list[tuple[str, int]] = []
+    scanned: list[tuple[str, int]] = []
     texts: set[str] = set()
-    _scan(root, "", found, texts, (os.path.realpath(root),))
-    found.sort()
+    _scan(root, "", scanned, texts, (os.path.realpath(root),))
+    overviews = {name for name, beside in OVERVIEWS.items() if (root / beside).is_file()}
+    found = sorted(item for item in scanned if item[0] not in overviews)
     loose = next((name for name, _ in found if "/" not in name), None)
     folders = sorted(e.name for e in os.scandir(root) if not e.name.startswith(".") and e.is_dir())
     filled = {name.split("/", 1)[0] for name, _ in found if "/" in name}

@@ -30,13 +30,10 @@ from maetok_fast.data.adm import AdmFile
 from maetok_fast.data.images import CROPS, ImageError, decoded, load_image, opened, reading, to_uint8
 from maetok_fast.data.samples import Source
 from maetok_fast.data.sources import FileSource, open_source
-from maetok_fast.pipeline.folders import names_of
 
 __all__ = ["ImageSet", "SetError", "open_set"]
 
 _LOOKED_INTO = 64  # samples whose bytes are part of the fingerprint
-# pictures of what lies beside them, by what their commands write too: sample, reconstruct, evaluate --reconstruction
-_OVERVIEWS = {"grid.png": "run.json", "compare.png": "metrics.csv", "worst.png": "per_image.csv"}
 
 
 class SetError(ValueError):
@@ -206,8 +203,7 @@ def open_set(
     """The set that a path names.
 
     a .npz            ADM's layout: arr_0 uint8 (N, H, W, 3), arr_1 labels; or statistics alone (mu, sigma)
-    anything else     what `open_source` takes: a folder, a tar, a list, an installed set ("fashion-mnist:test"); of
-                      folders that `sample` and `reconstruct` wrote without their overviews, grid.png and compare.png
+    anything else     what `open_source` takes: a folder, a tar, a list, an installed set ("fashion-mnist:test")
 
     size: resize and crop ("center", "adm") to so many pixels; None: images as they are, of one size. limit: the
     first so many. SetError, AdmError, DataError or ImageError says in a sentence what is wrong.
@@ -234,24 +230,8 @@ def open_set(
         return _Npz(file, min(len(file), limit or len(file)))
     if Path(text).is_file() and not text.lower().endswith((".tar", ".txt", ".tgz", ".gz")):
         raise SetError(f"{text}: expected a folder, a .npz, a .tar or a list (.txt) of images")
-    source = _source(text)
+    source = open_source(text)
     return _Files(source, min(len(source), limit or len(source)), size, crop)
-
-
-def _source(text: str) -> Source:
-    """open_source's; of a folder that this package's commands wrote, without the overview picture among the images."""
-    root = Path(text)
-    overviews = {name for name, beside in _OVERVIEWS.items() if (root / name).is_file() and (root / beside).is_file()}
-    if not overviews:
-        return open_source(text)
-    found = [name for name in names_of(root) if not any(part.startswith(".") for part in name.split("/"))]
-    names = [name for name in found if name not in overviews]
-    classes = sorted({name.split("/")[0] for name in names if "/" in name})
-    if not names or (classes and any("/" not in name for name in names)):
-        return open_source(text)  # says what is wrong
-    labels = [classes.index(name.split("/")[0]) if classes else None for name in names]
-    sizes = [(name, (root / name).stat().st_size) for name in names]
-    return FileSource(text, root, sizes, labels, [False] * len(names), classes)
 
 
 def _channels_first(images: np.ndarray) -> Tensor:
