@@ -217,7 +217,7 @@ def test_a_second_run_repeats_nothing(whole: Path, images: tuple[str, str], monk
         raise AssertionError("this was done already")
 
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()}
-    for name in ("train", "EncodingRun", "Pipeline", "train_classifier", "write_page"):
+    for name in ("trained", "EncodingRun", "Pipeline", "train_classifier", "write_page"):
         monkeypatch.setattr(fashion, name, never)
     lines: list[str] = []
     assert quickly(whole, images, say=lines.append) == told(whole)

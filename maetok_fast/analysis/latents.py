@@ -28,9 +28,10 @@ from maetok_fast.analysis.report import write_report
 from maetok_fast.analysis.settings import PARTS, Entry, Settings
 from maetok_fast.analysis.shown import neighbours, traversal, umap
 from maetok_fast.analysis.sources import check_pairs, open_subject
-from maetok_fast.analysis.store import Store, write_json
+from maetok_fast.analysis.store import Store
 from maetok_fast.analysis.work import Found, Work
-from maetok_fast.pipeline.run import make_folder
+from maetok_fast.bench.machine import describe
+from maetok_fast.pipeline.run import make_folder, write_json
 
 __all__ = ["analyze"]
 
@@ -82,7 +83,7 @@ def analyze(
         "settings": dataclasses.asdict(settings),
         "parts": parts,
         "versions": _versions(),
-        "machine": _machine(settings.device),
+        "machine": describe(torch.device(settings.device)),
         "seconds": {name: round(spent, 3) for name, spent in store.seconds.items()},
         "seconds_here": round(time.perf_counter() - began, 1),
     }
@@ -101,9 +102,3 @@ def _versions() -> dict[str, str]:
     for name in ("sklearn", "matplotlib"):
         told[name] = probe(name).version or probe(name).state
     return told
-
-
-def _machine(device: str) -> dict[str, Any]:
-    where = torch.device(device)
-    name = torch.cuda.get_device_name(where) if where.type == "cuda" else platform.processor() or platform.machine()
-    return {"device": str(where), "name": name, "threads": torch.get_num_threads()}

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from maetok_fast.pipeline.run import make_folder, written
+from maetok_fast.pipeline.run import make_folder, write_json
 
-__all__ = ["Store", "write_json"]
+__all__ = ["Store"]
 
 FORMAT = 1  # of the files; a change of what a part computes is another one
 
@@ -57,10 +57,6 @@ class Store:
         self.seconds[name] = spent
         self.say(f"{name}: {spent:.1f} s")
         return dict(result)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    written(path, lambda p: p.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"))
 
 
 def _plain(content: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,8 @@ claims`: the paper's claims on a small scale."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +18,21 @@ app = typer.Typer(invoke_without_command=True, help="A tokenizer, a generator an
 Data = Annotated[str, typer.Option(help="Training images in class folders, or an installed set.")]
 Test = Annotated[str, typer.Option(help="Test images of the same classes.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
+
+
+@contextlib.contextmanager
+def _to_its_end() -> Iterator[None]:
+    """What a user can mend ends the command in a sentence; one that was stopped says how it goes on, with status 0."""
+    from maetok_fast.data.stream import WorkerError
+    from maetok_fast.demos import DemoStopped
+    from maetok_fast.training.checkpoints import TrainingError
+
+    with _said.in_a_sentence(WorkerError, TrainingError):
+        try:
+            yield
+        except DemoStopped as stopped:
+            typer.echo(f"{stopped}; the same command goes on")
+            raise typer.Exit from None
 
 
 @app.callback()
@@ -33,18 +50,12 @@ def demo(
     SiT, samples. Twenty minutes on two cores; stopped at any point it goes on where it was."""
     if context.invoked_subcommand is not None:
         return
-    from maetok_fast.data.stream import WorkerError
-    from maetok_fast.demos import DemoStopped, run_demo
-    from maetok_fast.training.checkpoints import TrainingError
+    from maetok_fast.demos import run_demo
 
-    with _said.in_a_sentence(WorkerError, TrainingError):
-        try:
-            found = run_demo(
-                out, data, test, quick=quick, seed=seed, device=device, quiet=quiet, say=lambda line: typer.echo(line)
-            )
-        except DemoStopped as stopped:
-            typer.echo(f"{stopped}; the same command goes on")
-            return
+    with _to_its_end():
+        found = run_demo(
+            out, data, test, quick=quick, seed=seed, device=device, quiet=quiet, say=lambda line: typer.echo(line)
+        )
     typer.echo(
         f"{found['recognised']:.1%} of {found['samples']} samples are recognised as the class asked for "
         f"({found['classifier']['test_accuracy']:.1%} of real test images), PSNR {found['psnr']:.2f} dB, "
@@ -64,19 +75,19 @@ def claims(
 ) -> None:
     """Train AE, KL-VAE, SoftVQ, MAETok and the rows of its ablation alike, generators on all of them, and say which of
     the paper's claims hold at this scale. A night on two cores; stopped at any point it goes on where it was."""
-    from maetok_fast.data.stream import WorkerError
     from maetok_fast.demos.claims import run_claims
-    from maetok_fast.demos.shared import DemoStopped
-    from maetok_fast.training.checkpoints import TrainingError
 
-    with _said.in_a_sentence(WorkerError, TrainingError):
-        try:
-            found = run_claims(
-                out, data, test, seeds=seeds, quick=quick, processes=processes, quiet=quiet, say=lambda s: typer.echo(s)
-            )
-        except DemoStopped as stopped:
-            typer.echo(f"{stopped}; the same command goes on")
-            return
+    with _to_its_end():
+        found = run_claims(
+            out,
+            data,
+            test,
+            seeds=seeds,
+            quick=quick,
+            processes=processes,
+            quiet=quiet,
+            say=lambda line: typer.echo(line),
+        )
     verdicts = [claim["verdict"] for claim in found["claims"]]
     told = ", ".join(f"{verdicts.count(v)} {v}" for v in ("holds", "not resolved", "does not hold"))
     typer.echo(f"of {len(verdicts)} claims: {told}; {out / 'claims.html'}, {out / 'claims.md'}, {out / 'claims.json'}")

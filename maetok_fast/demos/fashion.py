@@ -37,11 +37,11 @@ from maetok_fast.demos.classifier import Classifier, read_all, train_classifier
 from maetok_fast.demos.ledger import FORMAT, Ledger
 from maetok_fast.demos.page import Shown, write_page
 from maetok_fast.demos.plan import Plan, make_plan, product
-from maetok_fast.demos.shared import HIGHEST_DB, DemoStopped, bar, check_classes, open_images
+from maetok_fast.demos.shared import HIGHEST_DB, bar, check_classes, open_images, trained
 from maetok_fast.models import MAETok
 from maetok_fast.pipeline import EncodingRun, Pipeline, RunError, SamplingRun
 from maetok_fast.pipeline.run import equal_labels, make_folder
-from maetok_fast.training.build import TrainingRun, train
+from maetok_fast.training.build import TrainingRun
 
 __all__ = ["PARTS", "recognised", "run_demo", "spread"]
 
@@ -135,9 +135,7 @@ class _Demo:
     # ---- the parts
 
     def _train(self, run: TrainingRun) -> str:
-        newest = train(run, quiet=self.quiet)
-        if int(newest.name) < run.loop.steps:
-            raise DemoStopped(f"stopped at step {int(newest.name)} of {run.loop.steps} of {run.out}")
+        trained(run, self.quiet)
         return f"{run.loop.steps} steps of {run.loop.batch} images: {Path(run.out) / 'report.html'}"
 
     def _tokenizer(self) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from maetok_fast.pipeline import RunError
-from maetok_fast.training.checkpoints import write_json
+from maetok_fast.pipeline.run import write_json
 
 __all__ = ["FORMAT", "Ledger"]
 

@@ -20,8 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from maetok_fast._optional import probe
-from maetok_fast.pipeline.run import save_png, written
-from maetok_fast.training.checkpoints import write_json, write_text
+from maetok_fast.pipeline.run import save_png, write_json, write_text, written
 from maetok_fast.training.observe import _duration, read_log
 from maetok_fast.training.report import _STYLE, _text
 

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 from maetok_fast.data.installed import INSTALLED
 from maetok_fast.data.samples import DataError, Source
 from maetok_fast.data.sources import open_source
+from maetok_fast.training.build import TrainingRun, train
 
-__all__ = ["HIGHEST_DB", "DemoStopped", "bar", "check_classes", "open_images"]
+__all__ = ["HIGHEST_DB", "DemoStopped", "bar", "check_classes", "open_images", "trained"]
 
 HIGHEST_DB = 100.0  # of a reconstruction without an error
 
@@ -47,6 +48,14 @@ def check_classes(data: Source, test: Source) -> int:
     if tested > count:
         raise DataError(f"{test.path} has labels up to {tested - 1}, {data.path} up to {count - 1}; give other ones")
     return count
+
+
+def trained(run: TrainingRun, quiet: bool = True) -> TrainingRun:
+    """The run, done. DemoStopped where somebody stopped it."""
+    newest = train(run, quiet=quiet)
+    if int(newest.name) < run.loop.steps:
+        raise DemoStopped(f"stopped at step {int(newest.name)} of {run.loop.steps} of {run.out}")
+    return run
 
 
 @contextlib.contextmanager

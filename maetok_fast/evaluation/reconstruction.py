@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import csv
 import heapq
-import json
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -37,7 +36,7 @@ from maetok_fast.checks import check_positive
 from maetok_fast.data.images import SUFFIXES
 from maetok_fast.models import CheckpointError
 from maetok_fast.pipeline.pipeline import weights_fingerprint
-from maetok_fast.pipeline.run import RunError, make_folder, save_png, write_grid, written
+from maetok_fast.pipeline.run import RunError, make_folder, save_png, write_grid, write_json, written
 
 __all__ = ["HIGHEST_DB", "Images", "Pairs", "measure_reconstructions", "pair", "peak_signal_to_noise", "similarity"]
 
@@ -135,7 +134,7 @@ def measure_reconstructions(
     }
     written(out / "per_image.csv", lambda p: _table(p, labels, columns))
     _picture(out / "worst.png", worst, labels, columns)
-    written(out / "reconstruction.json", lambda p: p.write_text(json.dumps(result, indent=1) + "\n"))
+    write_json(out / "reconstruction.json", result)
     return result
 
 

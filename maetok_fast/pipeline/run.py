@@ -40,7 +40,9 @@ __all__ = [
     "random_labels",
     "save_png",
     "write_grid",
+    "write_json",
     "write_npz",
+    "write_text",
     "written",
 ]
 
@@ -125,7 +127,7 @@ class SamplingRun:
 
     def _keep(self, cost: dict[str, Any] | None = None) -> None:
         found = {"asked": self.asked} | ({} if cost is None else {"cost": cost})
-        written(self.record, lambda p: p.write_text(json.dumps(found, indent=1) + "\n"))
+        write_json(self.record, found)
 
     def missing(self) -> list[int]:
         """The samples of this process that have no file yet."""
@@ -230,6 +232,16 @@ def written(path: Path, write: Callable[[Path], Any]) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    written(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Whole or not at all."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def make_folder(folder: Path) -> None:

@@ -16,7 +16,8 @@ from typing import Any
 from maetok_fast import config
 from maetok_fast.bench.machine import describe
 from maetok_fast.config import ConfigError
-from maetok_fast.training.checkpoints import Checkpoints, Kept, TrainingError, make_run_folder, write_json, write_text
+from maetok_fast.pipeline.run import write_json, write_text
+from maetok_fast.training.checkpoints import Checkpoints, Kept, TrainingError, make_run_folder
 from maetok_fast.training.configs import TokenizerRun
 from maetok_fast.training.generator_configs import GeneratorRun
 from maetok_fast.training.parts import Parts

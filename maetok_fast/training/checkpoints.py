@@ -24,10 +24,10 @@ from typing import Any
 from torch import Tensor
 
 from maetok_fast.models.checkpoints.files import settle
-from maetok_fast.pipeline.run import written
+from maetok_fast.pipeline.run import write_json
 from maetok_fast.training.world import World
 
-__all__ = ["Checkpoints", "Kept", "TrainingError", "make_run_folder", "write_json", "write_text"]
+__all__ = ["Checkpoints", "Kept", "TrainingError", "make_run_folder"]
 
 _WRITING, _LEAVING = ".writing-", ".leaving-"
 
@@ -45,16 +45,6 @@ def make_run_folder(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise TrainingError(f"cannot write to the run's folder {folder}: {error.strerror or error}") from error
-
-
-def write_text(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    written(path, lambda beside: beside.write_text(text, encoding="utf-8"))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 class Kept:

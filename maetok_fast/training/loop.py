@@ -27,7 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from maetok_fast.layers import EMA, recompute
-from maetok_fast.training.checkpoints import Checkpoints, TrainingError, load_tensors, save_tensors, write_json
+from maetok_fast.pipeline.run import write_json
+from maetok_fast.training.checkpoints import Checkpoints, TrainingError, load_tensors, save_tensors
 from maetok_fast.training.configs import Run
 from maetok_fast.training.optim import GuardedAdamW, learning_rate, parameter_groups
 from maetok_fast.training.state import load_module, module_state, random_state, restore_random_state, whole

@@ -9,12 +9,12 @@ seeds; "does not hold": the same with the other sign; else "not resolved". With 
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
+from maetok_fast.analysis.probe import mean_and_error
 from maetok_fast.bench.machine import describe
 from maetok_fast.demos.claims.parts import Work
 from maetok_fast.demos.claims.variants import LARGER, SIZE, TABLE, VARIANTS, Variant
@@ -126,10 +126,7 @@ CLAIMS = (
 def summary(values: Sequence[float | None]) -> dict[str, Any] | None:
     """mean, error (the standard error of the mean; None of one value) and the values; None where there are none."""
     known = [v for v in values if v is not None]
-    if not known:
-        return None
-    error = statistics.stdev(known) / math.sqrt(len(known)) if len(known) > 1 else None
-    return {"mean": statistics.fmean(known), "error": error, "values": known}
+    return mean_and_error(known) if known else None
 
 
 def compared(better: Sequence[float], than: Sequence[float], falling: bool) -> dict[str, Any]:

@@ -12,6 +12,7 @@ No Inception and no DINOv2: their weights cannot be had everywhere, and they wer
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,8 +85,6 @@ class Judge:
     @classmethod
     def load(cls, folder: Path) -> Judge:
         """Of `make`."""
-        import json
-
         with np.load(folder / "judge.npz") as file:
             reference = {s: Moments(int(file["count"]), file[f"mu_{s}"], file[f"sigma_{s}"]) for s in SPACES}
             pixels = torch.from_numpy(file["mean"]), torch.from_numpy(file["basis"])
@@ -95,8 +94,6 @@ class Judge:
         )
 
     def _write(self, path: Path) -> None:
-        import json
-
         arrays: dict[str, Any] = {"mean": self.pixels[0].numpy(), "basis": self.pixels[1].numpy()}
         for space, moments in self.reference.items():
             arrays |= {f"mu_{space}": moments.mean, f"sigma_{space}": moments.covariance, "count": moments.count}

@@ -22,18 +22,17 @@ from typing import Any
 import numpy as np
 
 from maetok_fast._optional import probe
+from maetok_fast.analysis.figures import COLOURS, style
 from maetok_fast.data.images import opened
 from maetok_fast.demos.claims.findings import BY_NAME, MEASURES
 from maetok_fast.demos.claims.parts import GUIDANCE, SCALES, SHOWN, Work
 from maetok_fast.demos.claims.variants import LARGER, SIZE, VARIANTS
 from maetok_fast.demos.page import save_sheet
-from maetok_fast.pipeline.run import written
-from maetok_fast.training.checkpoints import write_json, write_text
+from maetok_fast.pipeline.run import write_json, write_text, written
 from maetok_fast.training.report import _STYLE
 
 __all__ = ["blocks_of", "write_claims"]
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#444444")  # Okabe and Ito's
 COMPARED = ("maetok", "ae", "kl", "softvq", "kl-2d")
 Block = tuple[Any, ...]  # ("h", text), ("p", text), ("table", rows, the first one its head), ("picture", file, text)
 
@@ -322,7 +321,7 @@ def _lines(ax: Any, found: dict[str, Any], key: str) -> None:
         x, y, error = zip(*points)
         bars = None if error[0] is None else error
         title = found["variants"][name]["title"]
-        ax.errorbar(x, y, bars, label=title, color=COLOURS[place], marker="osD^v"[place], capsize=3, markersize=4)
+        ax.errorbar(x, y, bars, label=title, capsize=3, markersize=4, **style(place))
 
 
 def _rows(axes: Any, found: dict[str, Any]) -> None:

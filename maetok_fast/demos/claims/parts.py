@@ -46,12 +46,11 @@ from maetok_fast.demos.claims.variants import (
 )
 from maetok_fast.demos.classifier import read_all
 from maetok_fast.demos.plan import product
-from maetok_fast.demos.shared import HIGHEST_DB, DemoStopped
+from maetok_fast.demos.shared import HIGHEST_DB, trained
 from maetok_fast.models import MAETok
 from maetok_fast.pipeline import EncodingRun, Pipeline
-from maetok_fast.pipeline.run import equal_labels, make_folder, save_png
-from maetok_fast.training.build import TrainingRun, train
-from maetok_fast.training.checkpoints import write_json
+from maetok_fast.pipeline.run import equal_labels, make_folder, save_png, write_json
+from maetok_fast.training.build import TrainingRun
 from maetok_fast.training.observe import read_log
 
 __all__ = ["PARTS", "Work", "run_part"]
@@ -128,13 +127,6 @@ def run_part(work: Work, part: str, variant: Variant, seed: int) -> dict[str, An
     return record
 
 
-def _trained(run: TrainingRun) -> TrainingRun:
-    newest = train(run, quiet=True)
-    if int(newest.name) < run.loop.steps:
-        raise DemoStopped(f"stopped at step {int(newest.name)} of {run.loop.steps} of {run.out}")
-    return run
-
-
 # ---- tokenizers ----------------------------------------------------------------------------------------------------
 
 
@@ -148,8 +140,8 @@ def _first(work: Work, variant: Variant, seed: int) -> Path:
 def _tokenizer(work: Work, variant: Variant, seed: int) -> dict[str, Any]:
     folder, scale = work.folder(variant, seed), work.scale
     start = _first(work, variant, seed)
-    first = _trained(tokenizer_run(variant, scale, seed, folder / "tokenizer", work.data, start))
-    run = _trained(decoder_run(variant, scale, seed, folder / "decoder", work.data, product(first, "tokenizer")))
+    first = trained(tokenizer_run(variant, scale, seed, folder / "tokenizer", work.data, start))
+    run = trained(decoder_run(variant, scale, seed, folder / "decoder", work.data, product(first, "tokenizer")))
     model = MAETok.from_pretrained(product(run, "tokenizer"))
     for name, source, limit in (("latents", work.data, scale.images), ("held", work.test, scale.held)):
         encoding = EncodingRun(
@@ -221,7 +213,7 @@ def _mixed(work: Work, variant: Variant, seed: int) -> dict[str, Any]:
     folder = work.folder(variant, seed)
     start = _made(work, variant, seed)
     before = MAETok.from_pretrained(start)
-    run = _trained(mixed_run(variant, work.scale, seed, folder / "mixed", work.data, start))
+    run = trained(mixed_run(variant, work.scale, seed, folder / "mixed", work.data, start))
     after = MAETok.from_pretrained(product(run, "tokenizer"))
     found: dict[str, Any] = {}
     for size in (SIZE, LARGER):
@@ -274,7 +266,7 @@ def _generator_trained(work: Work, variant: Variant, seed: int, how: str) -> Tra
     folder = work.folder(variant, seed)
     out = folder / ("generator" if how == "plain" else f"generator-{how}")
     caches = folder / "latents", folder / "held"
-    return _trained(generator_run(variant, work.scale, seed, out, *caches, work.classes, how))
+    return trained(generator_run(variant, work.scale, seed, out, *caches, work.classes, how))
 
 
 def _sampled(
